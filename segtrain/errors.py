@@ -1,0 +1,42 @@
+"""What a user can cause. Each error is one line for stderr and one exit code for the shell script.
+
+The message says what went wrong, names the file and says what to do about it.
+"""
+
+from typing import ClassVar
+
+
+class UserError(Exception):
+    """Base of every error that ends in one `error:` line and no traceback."""
+
+    exit_code: ClassVar[int]
+
+
+class UsageError(UserError):
+    """The command line or the configuration asks for something that does not exist."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A data set, an annotation or a picture cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, unsafe or of another network."""
+
+    exit_code = 4
+
+
+class ResourceError(UserError):
+    """The disk, the memory or a worker process gave out."""
+
+    exit_code = 5
+
+
+class DivergedError(UserError):
+    """The loss is no longer a finite number."""
+
+    exit_code = 6

@@ -1,0 +1,141 @@
+"""The only place that reads or writes a user's picture.
+
+Pictures come from strangers: they are decoded by content, not by extension, limited in size before
+the memory is taken, and everything a decoder can raise becomes one DataError that names the file.
+"""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from segtrain.errors import DataError
+from segtrain.files import atomic_write
+
+Pixels = npt.NDArray[np.uint8]
+
+MAX_PIXELS = 100_000_000
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
+)
+# Pillow knows more, among them PostScript, for which it starts an interpreter.
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+_JPEG_LONGEST_SIDE = 65_500
+_WHITE = (255, 255, 255, 255)
+
+
+def read_image(path: Path, *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Decode a picture to H W 3 uint8 RGB.
+
+    Transparent pixels are laid on white, 16-bit samples scaled to 8, and of an animation the first
+    frame is taken.
+
+    Args:
+        path: JPEG, PNG, WebP, TIFF, BMP, GIF or AVIF, whatever its extension says.
+        upright: turn the picture as its EXIF orientation says. Annotated data sets such as COCO
+            mean the stored pixels and need False.
+        max_pixels: a larger picture is refused before it is decoded.
+
+    Raises:
+        DataError: the file is missing, no picture, damaged, cut short or too large.
+    """
+    try:
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "does not exist"
+            raise DataError(f"{path} {what}; give the path of a picture")
+        with warnings.catch_warnings():
+            # Pillow warns about odd metadata and large files; both are dealt with here.
+            warnings.simplefilter("ignore")
+            Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+            with Image.open(path, formats=_FORMATS) as picture:
+                width, height = picture.size
+                if width * height > max_pixels:
+                    raise DataError(
+                        f"{path} has {width * height / 1e6:.0f} megapixels, the limit is "
+                        f"{max_pixels / 1e6:.0f}; shrink it or raise the limit"
+                    )
+                picture.load()
+                # Pillow's stubs type exif_transpose by what it was given: never None here.
+                return _to_rgb(ImageOps.exif_transpose(picture) if upright else picture)
+    except (DataError, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise DataError(
+            f"{path} unpacks to far more than {max_pixels / 1e6:.0f} megapixels; shrink it"
+        ) from None
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+        reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"cannot decode {path}: {reason}; replace the file") from error
+
+
+def write_image(path: Path, pixels: Pixels, *, jpeg_quality: int = 92) -> None:
+    """Encode H W (gray), H W 3 (RGB) or H W 4 (RGBA) uint8 by the suffix of `path`, atomically.
+
+    Raises:
+        ResourceError: the folder cannot be made or written, or the disk is full.
+        DataError: the picture is too long or wide for JPEG.
+    """
+    conversion = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
+    if pixels.ndim == 3:
+        pixels = np.asarray(cv2.cvtColor(pixels, conversion[pixels.shape[2]]), dtype=np.uint8)
+    height, width = pixels.shape[:2]
+    if path.suffix == ".jpg" and max(height, width) > _JPEG_LONGEST_SIDE:
+        raise DataError(
+            f"{path} would be {width}x{height} and JPEG ends at {_JPEG_LONGEST_SIDE} a side; "
+            "shrink the picture"
+        )
+    options = [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality] if path.suffix == ".jpg" else []
+    encoded, buffer = cv2.imencode(path.suffix, pixels, options)
+    if not encoded:
+        raise ValueError(f"cv2 cannot encode {path}")
+    with atomic_write(path) as file:
+        file.write(buffer.tobytes())
+
+
+def resize_short_side(image: Pixels, short_side: int) -> Pixels:
+    """Scale H W 3 so that the shorter side is `short_side` pixels, keeping the aspect.
+
+    Very long strips are scaled less, so that the result has at most eight times the pixels of the
+    square: a panorama must not take more memory than the network was planned for.
+    """
+    height, width = image.shape[:2]
+    scale = short_side / min(height, width)
+    scale = min(scale, (8 * short_side**2 / (height * width)) ** 0.5)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    if size == (width, height):
+        return image
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, size, interpolation=interpolation), dtype=np.uint8)
+
+
+def find_images(folder: Path) -> Iterator[Path]:
+    """Every file below `folder` with a picture's extension, sorted; hidden ones are left out."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file():
+            yield path
+
+
+def _to_rgb(picture: Image.Image) -> Pixels:
+    if picture.mode in {"I", "F"} or picture.mode.startswith("I;16"):
+        picture = _to_8_bit(picture)
+    if picture.has_transparency_data:
+        layered = Image.new("RGBA", picture.size, _WHITE)
+        layered.alpha_composite(picture.convert("RGBA"))
+        picture = layered
+    return np.array(picture.convert("RGB"), dtype=np.uint8)
+
+
+def _to_8_bit(picture: Image.Image) -> Image.Image:
+    """Gray of 16 or 32 bits or float: convert('RGB') would clip at 255 instead of scaling."""
+    samples = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0.0, neginf=0.0)
+    largest = float(samples.max(initial=0.0))
+    if picture.mode == "F":
+        factor = 255.0 if largest <= 1.0 else 1.0
+    else:
+        factor = 1.0 if largest <= 255.0 and picture.mode == "I" else 255.0 / 65535.0
+    return Image.fromarray(np.clip(np.rint(samples * factor), 0, 255).astype(np.uint8))

@@ -1,0 +1,45 @@
+"""One progress bar for everything that takes longer than two seconds."""
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class _Lines:
+    """Turns a bar's carriage returns into lines, so that a log file stays readable."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            self._stream.write(text + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def progress_bar(*, total: int, desc: str, unit: str = "image") -> "tqdm[Any]":
+    """A bar on stderr that goes away when done; where stderr is no terminal, a line now and then.
+
+    Use it as a context manager and call `update(n)`.
+    """
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=desc, unit=unit, leave=False, dynamic_ncols=True)
+    return tqdm(
+        total=total,
+        desc=desc,
+        unit=unit,
+        leave=False,
+        ncols=0,
+        # A short job should leave no line behind, a long one a line every so often.
+        delay=_SECONDS_BETWEEN_LINES,
+        mininterval=_SECONDS_BETWEEN_LINES,
+        maxinterval=_SECONDS_BETWEEN_LINES,
+        miniters=1,
+        file=_Lines(sys.stderr),
+    )

@@ -1,0 +1,136 @@
+"""The folder of a run: where everything of it lies, and which checkpoint is meant."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from segtrain.errors import CheckpointError, ResourceError, UsageError
+
+DEFAULT_OUTPUT = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`runs/<name>/` with its configuration, numbers, pictures and checkpoints."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "checkpoints" / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "checkpoints" / "best.pt"
+
+    def samples(self, epoch: int) -> Path:
+        return self.path / "samples" / f"epoch_{epoch:04d}.jpg"
+
+
+def create_run(output: Path, name: str | None, model_name: str) -> RunFolder:
+    """Make a new, empty run folder; without a name it is called after the model and the time.
+
+    Raises:
+        UsageError: the name is no folder name, or a run of that name exists: it is kept.
+        ResourceError: the folder cannot be made.
+    """
+    given = name is not None
+    name = name or f"{model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if Path(name).name != name or name in {".", "..", "latest"}:
+        raise UsageError(f"--name {name!r} must be a plain folder name")
+    for attempt in range(100):
+        # Two runs started in the same second both get a folder.
+        run = RunFolder(output / (name if attempt == 0 else f"{name}-{attempt}"))
+        try:
+            run.path.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            if given:
+                raise UsageError(
+                    f"{run.path} exists already; continue it with --resume auto or choose "
+                    "another --name"
+                ) from None
+        except OSError as error:
+            raise ResourceError(
+                f"cannot make {run.path}: {error.strerror}; choose another --output"
+            ) from error
+    raise UsageError(f"{output} is full of runs called {name}; choose a --name")
+
+
+def point_latest_at(run: RunFolder) -> None:
+    """Let `runs/latest` be `run`. A file system without links goes without."""
+    link = run.path.parent / "latest"
+    temporary = link.with_name(f".latest.{os.getpid()}.tmp")
+    try:
+        # A killed process of the same pid (usual in containers) may have left one.
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(run.path.name)
+        temporary.replace(link)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def find_checkpoint(given: Path | None) -> tuple[Path, str]:
+    """The checkpoint to use and how it was chosen.
+
+    `given`, else $SEGTRAIN_CHECKPOINT, else the best one of the latest run. A run folder stands for
+    its best checkpoint.
+
+    Raises:
+        CheckpointError: nothing is there.
+    """
+    environment = os.environ.get("SEGTRAIN_CHECKPOINT")
+    if given is not None:
+        path, chosen_by = given, "--checkpoint"
+    elif environment:
+        path, chosen_by = Path(environment), "$SEGTRAIN_CHECKPOINT"
+    else:
+        path, chosen_by = (DEFAULT_OUTPUT / "latest").resolve(), "the latest run"
+        if not path.is_dir():
+            raise CheckpointError(
+                "there is no trained network in runs/ yet; run `segtrain train` or give "
+                "--checkpoint"
+            )
+    if path.is_dir():
+        path = RunFolder(path).best
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path} ({chosen_by}); train one first")
+    return path, chosen_by
+
+
+def find_last(resume: str, output: Path, name: str | None) -> Path | None:
+    """The checkpoint that `--resume` means; None where `auto` finds nothing to continue.
+
+    auto: the run called `name` if one is given, else the latest run in `output`.
+
+    Raises:
+        CheckpointError: a path is given and no checkpoint is there.
+    """
+    if resume == "auto":
+        last = RunFolder((output / (name or "latest")).resolve()).last
+        return last if last.is_file() else None
+    path = Path(resume)
+    if path.is_dir():
+        path = RunFolder(path.resolve()).last
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; --resume auto would start afresh")
+    if path.parent.name != "checkpoints":
+        raise CheckpointError(f"{path} is in no run folder; give the folder, e.g. runs/latest")
+    return path.resolve()
