@@ -1,0 +1,229 @@
+"""From a data set to batches of bytes: N 3 H W uint8 images and N H W uint8 masks."""
+
+import os
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, TypedDict
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from segtrain.data.sample import Sample, Source, tolerated
+from segtrain.errors import DataError, ResourceError
+from segtrain.images import resize_short_side
+
+# Where /dev/shm is full a worker's batch gets lost without a word, so nobody waits for ever.
+_PATIENCE = 120.0  # seconds for one batch
+
+
+class Batch(TypedDict):
+    """image: N 3 h w uint8 RGB in channels_last memory. mask: N H W uint8 in {0, 1, 255}.
+
+    In training h w = H W; in evaluation the image is scaled for the network and the mask is not.
+    """
+
+    image: Tensor
+    mask: Tensor
+    image_id: list[str]
+    damaged: list[str]
+    """One message for each picture that could not be read and is not in the batch."""
+
+
+# The sampler's keys carry the epoch, so that worker processes can live from epoch to epoch.
+Key = tuple[int, int]
+# A picture that cannot be read travels as its message: an exception would end the worker.
+Item = Sample | str
+
+
+class Transform(Protocol):
+    """A random change of image and mask together that depends on (seed, epoch, index) alone."""
+
+    def __call__(self, sample: Sample, *, seed: int, epoch: int, index: int) -> Sample: ...
+
+
+class TrainImages(Dataset[Item]):
+    """Augmented crops, picked by (epoch, index)."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, key: Key) -> Item:
+        epoch, index = key
+        try:
+            sample = self.source[index]
+        except DataError as error:
+            return str(error)
+        return self.transform(sample, seed=self.seed, epoch=epoch, index=index)
+
+
+class EvalImages(Dataset[Item]):
+    """Whole pictures scaled to the network's size, with masks at the original resolution."""
+
+    def __init__(self, source: Source, image_size: int) -> None:
+        self.source, self.image_size = source, image_size
+
+    def __getitem__(self, index: int) -> Item:
+        try:
+            sample = self.source[index]
+        except DataError as error:
+            return str(error)
+        image = resize_short_side(sample.image, self.image_size)
+        return Sample(image=image, mask=sample.mask, image_id=sample.image_id)
+
+
+class EpochSampler(Sampler[Key]):
+    """Another permutation every epoch, the same for the same (seed, epoch)."""
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        self.num_samples, self.seed, self.epoch = num_samples, seed, 0
+
+    def __iter__(self) -> Iterator[Key]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
+        yield from ((self.epoch, int(index)) for index in order)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+
+class SameSizeBatches(Sampler[list[int]]):
+    """Batches of pictures of one original size, so that none is padded or left out.
+
+    Padding would let a picture's score depend on its neighbours in the batch.
+    """
+
+    def __init__(self, source: Source, batch_size: int) -> None:
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for index, (height, width) in enumerate(source.sizes.tolist()):
+            by_size.setdefault((height, width), []).append(index)
+        self.batches = [
+            indices[start : start + batch_size]
+            for indices in by_size.values()
+            for start in range(0, len(indices), batch_size)
+        ]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Batches:
+    """A loader that counts damaged pictures instead of ending at the first.
+
+    Iterating raises DataError once more than 1 % of the data set is damaged, naming the last file,
+    and ResourceError when a worker process dies or gives no batch for two minutes.
+    """
+
+    def __init__(self, loader: "DataLoader[Item]", num_images: int) -> None:
+        self.loader, self.num_images = loader, num_images
+        self.damaged: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for batch in self.loader:
+                self._count(batch["damaged"])
+                if batch["image_id"]:
+                    yield batch
+        except RuntimeError as error:
+            # torch says "Caught RuntimeError in DataLoader worker" of a bug in here.
+            if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
+                raise
+            raise ResourceError(
+                "a loader process died or hangs, perhaps for lack of memory or /dev/shm; "
+                "try --workers 0 or a smaller batch"
+            ) from error
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation and the draws of the next pass over training images."""
+        if isinstance(self.loader.sampler, EpochSampler):
+            self.loader.sampler.epoch = epoch
+
+    def _count(self, messages: list[str]) -> None:
+        self.damaged.update(messages)
+        if len(self.damaged) > tolerated(self.num_images):
+            raise DataError(
+                f"{len(self.damaged)} of {self.num_images} pictures cannot be used, last: "
+                f"{messages[-1]}"
+            )
+
+
+def train_batches(
+    source: Source,
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    pin_memory: bool,
+) -> Batches:
+    """Shuffled batches of transformed pictures, all of one size; the last one may be smaller."""
+    loader = DataLoader(
+        TrainImages(source, transform, seed),
+        batch_size=batch_size,
+        sampler=EpochSampler(len(source), seed),
+        **_loader_options(workers, pin_memory),
+    )
+    return Batches(loader, len(source))
+
+
+def eval_batches(
+    source: Source, *, image_size: int, batch_size: int, workers: int, pin_memory: bool
+) -> Batches:
+    """Every picture once, whole, in batches of one original size."""
+    loader = DataLoader(
+        EvalImages(source, image_size),
+        batch_sampler=SameSizeBatches(source, batch_size),
+        **_loader_options(workers, pin_memory),
+    )
+    return Batches(loader, len(source))
+
+
+def resolve_workers(workers: int | Literal["auto"]) -> int:
+    """auto: a process for every second core, at most 8."""
+    if workers == "auto":
+        return min(8, max(1, (os.cpu_count() or 1) // 2))
+    return workers
+
+
+def collate(items: list[Item]) -> Batch:
+    """Stack what could be read; a batch of nothing but damaged pictures is empty."""
+    samples = [item for item in items if isinstance(item, Sample)]
+    if samples:
+        # Stacked as they lie, H W 3, and only viewed as 3 H W: that is channels_last, for free.
+        image = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)
+        mask = torch.from_numpy(np.stack([s.mask for s in samples]))
+    else:
+        image = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+        mask = torch.empty(0, 0, 0, dtype=torch.uint8)
+    return Batch(
+        image=image,
+        mask=mask,
+        image_id=[s.image_id for s in samples],
+        damaged=[item for item in items if isinstance(item, str)],
+    )
+
+
+def _loader_options(workers: int, pin_memory: bool) -> dict[str, Any]:
+    return {
+        "collate_fn": collate,
+        "num_workers": workers,
+        "pin_memory": pin_memory,
+        "persistent_workers": workers > 0,
+        "timeout": _PATIENCE if workers > 0 else 0,
+        "worker_init_fn": _begin_worker,
+        # A generator of its own: the loader would draw from the one that dropout draws from.
+        "generator": torch.Generator(),
+    }
+
+
+def _begin_worker(worker: int) -> None:
+    # Ctrl-C and schedulers signal the whole process group. In a group of its own a worker lives on
+    # until its parent has saved and ends it; one without a parent ends by itself.
+    os.setpgid(0, 0)
+    cv2.setNumThreads(0)

@@ -1,0 +1,545 @@
+"""The same bytes for the same (seed, epoch), however many processes load them."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from coco_fixtures import image_row, make_toy_coco, write_coco
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import get_worker_info
+
+import segtrain
+from segtrain.data.coco import CocoPeople
+from segtrain.data.loading import (
+    Batch,
+    Batches,
+    EpochSampler,
+    SameSizeBatches,
+    eval_batches,
+    resolve_workers,
+    train_batches,
+)
+from segtrain.data.sample import Sample, tolerated
+from segtrain.data.transforms import TrainTransform
+from segtrain.errors import DataError, ResourceError
+
+IMAGE_SIZE = 24
+SIZES = [(30, 40), (40, 30), (24, 24), (24, 60), (50, 31), (33, 33), (26, 90), (60, 25), (24, 25)]
+
+
+class Pictures:
+    """Noise with people and crowds in it, of the given sizes."""
+
+    def __init__(self, sizes: list[tuple[int, int]] = SIZES) -> None:
+        self.sizes = np.array(sizes, dtype=np.int32)
+        self.skipped: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = np.random.default_rng(index)
+        height, width = self.sizes[index]
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return Sample(image=image, mask=blobs(rng, height, width), image_id=str(index))
+
+    def describe(self, index: int) -> str:
+        return f"picture {index}"
+
+
+class PicturesWithFaults(Pictures):
+    """Pictures of which some do what a test wants to see."""
+
+    def __init__(self, faulty: set[int], sizes: list[tuple[int, int]] = SIZES) -> None:
+        super().__init__(sizes)
+        self.faulty = faulty
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.faulty:
+            self.fail(index)
+        return super().__getitem__(index)
+
+    def fail(self, index: int) -> None:
+        raise DataError(f"{self.describe(index)} is damaged")
+
+
+def blobs(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Large rectangles of each mask value."""
+    mask = np.zeros((height, width), dtype=np.uint8)
+    for value in (1, 255, 1):
+        top, left = rng.integers(0, height - 8), rng.integers(0, width - 8)
+        mask[top : top + height // 2, left : left + width // 2] = value
+    return mask
+
+
+def training(
+    source: Pictures | CocoPeople,
+    *,
+    workers: int = 0,
+    seed: int = 0,
+    batch_size: int = 4,
+) -> Batches:
+    return train_batches(
+        source,
+        TrainTransform(IMAGE_SIZE, (1.0, 1.5)),
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        pin_memory=False,
+    )
+
+
+def evaluation(
+    source: Pictures | CocoPeople, *, workers: int = 0, image_size: int = 16, batch_size: int = 4
+) -> Batches:
+    return eval_batches(
+        source, image_size=image_size, batch_size=batch_size, workers=workers, pin_memory=False
+    )
+
+
+def epoch_of(loader: Batches, epoch: int) -> list[Batch]:
+    loader.set_epoch(epoch)
+    return list(loader)
+
+
+def digest(batches: list[Batch]) -> str:
+    """Of every byte in its order."""
+    sha = hashlib.sha256()
+    for batch in batches:
+        sha.update(repr((batch["image"].shape, batch["image_id"])).encode())
+        sha.update(batch["image"].numpy().tobytes())
+        sha.update(batch["mask"].numpy().tobytes())
+    return sha.hexdigest()
+
+
+def crops(batches: list[Batch]) -> dict[str, bytes]:
+    """image_id → the crop's bytes, whatever the order."""
+    return {
+        image_id: image.numpy().tobytes() + mask.numpy().tobytes()
+        for batch in batches
+        for image_id, image, mask in zip(
+            batch["image_id"], batch["image"], batch["mask"], strict=True
+        )
+    }
+
+
+def ids(batches: list[Batch]) -> list[str]:
+    return [image_id for batch in batches for image_id in batch["image_id"]]
+
+
+# --------------------------------------------------------------------------- what a batch is
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_batches_are_bytes_in_channels_last(workers: int) -> None:
+    batches = list(training(Pictures(), workers=workers))
+
+    assert [len(batch["image_id"]) for batch in batches] == [4, 4, 1]
+    for batch in batches:
+        count = len(batch["image_id"])
+        assert batch["image"].dtype == batch["mask"].dtype == torch.uint8
+        assert batch["image"].shape == (count, 3, IMAGE_SIZE, IMAGE_SIZE)
+        assert batch["mask"].shape == (count, IMAGE_SIZE, IMAGE_SIZE)
+        assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+        assert batch["mask"].is_contiguous()
+
+
+def test_evaluation_scales_the_image_and_not_the_mask() -> None:
+    source = Pictures()
+    batches = list(evaluation(source, image_size=16))
+
+    assert sorted(ids(batches), key=int) == [str(i) for i in range(len(source))]
+    for batch in batches:
+        assert min(batch["image"].shape[2:]) == 16
+        assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+        for image_id, mask in zip(batch["image_id"], batch["mask"], strict=True):
+            assert np.array_equal(mask.numpy(), source[int(image_id)].mask)
+
+
+def test_a_picture_already_of_the_networks_size_is_evaluated_as_it_is() -> None:
+    source = Pictures([(16, 20)])
+    (batch,) = evaluation(source, image_size=16)
+    assert np.array_equal(batch["image"][0].permute(1, 2, 0).numpy(), source[0].image)
+
+
+# --------------------------------------------------------------------------- the same draws
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_no_bit(workers: int) -> None:
+    """Over several epochs, because worker processes live on and could go on with their draws."""
+    alone, together = training(Pictures()), training(Pictures(), workers=workers)
+    for epoch in (0, 1, 2):
+        assert digest(epoch_of(together, epoch)) == digest(epoch_of(alone, epoch))
+
+
+def test_worker_processes_change_no_bit_in_evaluation() -> None:
+    source = Pictures()
+    assert digest(list(evaluation(source, workers=2))) == digest(list(evaluation(source)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_later_start_at_the_same_epoch_sees_the_same(workers: int) -> None:
+    """What a resumed run relies on."""
+    straight = training(Pictures(), workers=workers)
+    for epoch in (0, 1):
+        epoch_of(straight, epoch)
+    resumed = training(Pictures(), workers=workers)
+    assert digest(epoch_of(resumed, 2)) == digest(epoch_of(straight, 2))
+
+
+def test_an_epoch_left_half_way_can_be_started_anew() -> None:
+    loader = training(Pictures(), workers=1)
+    loader.set_epoch(3)
+    next(iter(loader))
+    assert digest(epoch_of(loader, 3)) == digest(epoch_of(training(Pictures()), 3))
+
+
+def test_every_epoch_and_seed_draws_other_crops_of_the_same_pictures() -> None:
+    """Judged picture by picture: another order alone would not be enough."""
+    source = Pictures()
+    base = crops(epoch_of(training(source), 0))
+    others = [
+        crops(epoch_of(training(source), 1)),
+        crops(epoch_of(training(source), 2)),
+        crops(epoch_of(training(source, seed=1), 0)),
+    ]
+    for other in others:
+        changed = sum(other[image_id] != crop for image_id, crop in base.items())
+        assert changed >= len(source) - 1
+
+
+def test_pictures_do_not_share_their_draws() -> None:
+    """Eight times one picture: as good as all crops differ."""
+
+    class OnePicture(Pictures):
+        def __getitem__(self, index: int) -> Sample:
+            first = super().__getitem__(0)
+            return Sample(image=first.image, mask=first.mask, image_id=str(index))
+
+    assert len(set(crops(list(training(OnePicture([(60, 80)] * 8)))).values())) >= 7
+
+
+def test_each_epoch_is_another_order_of_every_picture() -> None:
+    loader = training(Pictures(), workers=0)
+    orders = [ids(epoch_of(loader, epoch)) for epoch in range(4)]
+    orders.append(ids(epoch_of(training(Pictures(), seed=9), 0)))
+    everything = sorted(str(i) for i in range(len(SIZES)))
+    assert all(sorted(order) == everything for order in orders)
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+@given(count=st.integers(0, 40), seed=st.integers(0, 2**40), epoch=st.integers(0, 10_000))
+def test_the_sampler_visits_every_index_once_and_says_the_epoch(
+    count: int, seed: int, epoch: int
+) -> None:
+    sampler = EpochSampler(count, seed)
+    sampler.epoch = epoch
+    assert sorted(sampler) == [(epoch, index) for index in range(count)]
+    assert list(sampler) == list(sampler)
+    assert len(sampler) == count
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_draws_from_nobody_elses_generator(workers: int) -> None:
+    """Dropout draws from torch's: loading must not move it, or workers would change the weights."""
+
+    def states() -> tuple[bytes, str, object]:
+        numpy_state = np.random.get_state()  # noqa: NPY002 - the old global one is what is meant
+        return torch.get_rng_state().numpy().tobytes(), repr(numpy_state), random.getstate()
+
+    before = states()
+    list(training(Pictures(), workers=workers))
+    list(evaluation(Pictures(), workers=workers))
+    assert states() == before
+
+
+# --------------------------------------------------------------------------- crops
+
+
+def picture_that_knows_its_places(height: int, width: int) -> Sample:
+    """Each pixel holds its column, its row and a code of its mask value."""
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[height // 4 : 3 * height // 4, width // 5 : width // 2] = 1
+    mask[height // 2 :, 2 * width // 3 :] = 255
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    code = np.select([mask == 1, mask == 255], [100, 200], 0).astype(np.uint8)
+    return Sample(image=np.dstack([columns, rows, code]), mask=mask, image_id="x")
+
+
+def moved(transform: TrainTransform, sample: Sample, count: int) -> Iterator[Sample]:
+    return (transform(sample, seed=0, epoch=epoch, index=0) for epoch in range(count))
+
+
+@pytest.mark.parametrize(("height", "width"), [(IMAGE_SIZE, 70), (70, IMAGE_SIZE)])
+def test_a_crop_is_a_window_of_the_picture_and_of_the_mask(height: int, width: int) -> None:
+    sample = picture_that_knows_its_places(height, width)
+    flips, corners = Counter[bool](), set()
+
+    for crop in moved(TrainTransform(IMAGE_SIZE, (1.0, 1.0)), sample, 60):
+        columns, rows = crop.image[..., 0], crop.image[..., 1]
+        assert crop.image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+        # The pixels say from where they come: one window, straight or mirrored, not turned.
+        flipped = bool(columns[0, 0] > columns[0, -1])
+        left, top = int(columns.min()), int(rows.min())
+        window = np.s_[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
+        expected_image, expected_mask = sample.image[window], sample.mask[window]
+        if flipped:
+            expected_image, expected_mask = expected_image[:, ::-1], expected_mask[:, ::-1]
+        assert np.array_equal(crop.image, expected_image)
+        assert np.array_equal(crop.mask, expected_mask)
+        flips[flipped] += 1
+        corners.add((left, top))
+
+    assert min(flips[True], flips[False]) >= 15
+    assert len(corners) >= 20
+
+
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (1.0, 2.0), (3.0, 4.0)])
+@pytest.mark.parametrize("size", [(20, 30), (60, 50), (100, 200)])
+def test_scaling_keeps_the_mask_on_the_image_and_its_values(
+    scale: tuple[float, float], size: tuple[int, int]
+) -> None:
+    sample = picture_that_knows_its_places(*size)
+    compared = 0
+    for crop in moved(TrainTransform(IMAGE_SIZE, scale), sample, 20):
+        assert set(np.unique(crop.mask)) <= {0, 1, 255}
+        assert crop.image.dtype == crop.mask.dtype == np.uint8
+        # Interpolation mixes the codes where two values meet; elsewhere they must agree exactly.
+        code = np.select([crop.mask == 1, crop.mask == 255], [100, 200], 0)
+        reach = 2 + round(IMAGE_SIZE * scale[1] / min(size))
+        inside = away_from_edges(crop.mask, reach)
+        assert np.array_equal(crop.image[..., 2][inside], code[inside])
+        compared += int(inside.sum())
+    assert compared > 20 * IMAGE_SIZE
+
+
+def away_from_edges(mask: npt.NDArray[np.uint8], reach: int) -> npt.NDArray[np.bool_]:
+    """Where all neighbours have the same value; not at the rim, whose neighbours are cut off."""
+    side = 2 * reach + 1
+    windows = np.lib.stride_tricks.sliding_window_view(mask, (side, side))
+    return np.pad(windows.min(axis=(2, 3)) == windows.max(axis=(2, 3)), reach)
+
+
+def test_the_scale_is_drawn_from_its_range() -> None:
+    """Neighbouring columns differ by one over the factor."""
+    sample = picture_that_knows_its_places(IMAGE_SIZE, 100)
+    spans = []
+    for crop in moved(TrainTransform(IMAGE_SIZE, (1.0, 2.0)), sample, 60):
+        columns = crop.image[..., 0].astype(int)
+        spans.append((columns.max() - columns.min() + 1) / IMAGE_SIZE)
+    assert 0.4 <= min(spans) < 0.6
+    assert 0.85 < max(spans) <= 1.0
+
+
+# --------------------------------------------------------------------------- one size a batch
+
+
+@given(
+    sizes=st.lists(st.sampled_from([(1, 1), (1, 2), (2, 1), (9, 9)]), max_size=40),
+    batch_size=st.integers(1, 9),
+)
+def test_same_size_batches_cover_everything_once(
+    sizes: list[tuple[int, int]], batch_size: int
+) -> None:
+    source = Pictures(sizes)
+    source.sizes = source.sizes.reshape(-1, 2)  # of no pictures as well
+    batches = SameSizeBatches(source, batch_size)
+
+    assert sorted(index for batch in batches for index in batch) == list(range(len(sizes)))
+    assert all(len({sizes[index] for index in batch}) == 1 for batch in batches)
+    # As few as can be: each size fills its batches, but for the last one.
+    fewest = sum(-(-count // batch_size) for count in Counter(sizes).values())
+    assert len(batches) == len(list(batches)) == fewest
+    assert all(len(batch) <= batch_size for batch in batches)
+
+
+# --------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(("total", "few"), [(1, 1), (8, 1), (199, 1), (200, 2), (118_287, 1182)])
+def test_one_in_a_hundred_is_tolerated_and_one_at_least(total: int, few: int) -> None:
+    assert tolerated(total) == few
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_left_out_and_counted_once(workers: int) -> None:
+    """The others keep the draws that they had with it."""
+    whole = crops(epoch_of(training(Pictures()), 1))
+    loader = training(PicturesWithFaults({5}), workers=workers)
+
+    epoch_of(loader, 0)
+    left = crops(epoch_of(loader, 1))
+
+    assert loader.damaged == {"picture 5 is damaged"}
+    assert left == {image_id: crop for image_id, crop in whole.items() if image_id != "5"}
+
+
+def test_a_batch_of_nothing_but_damaged_pictures_is_passed_over() -> None:
+    for loader in (
+        training(PicturesWithFaults({2}), batch_size=1),
+        evaluation(PicturesWithFaults({2}), batch_size=1),
+    ):
+        batches = list(loader)
+        assert len(batches) == len(SIZES) - 1
+        assert all(len(batch["image"]) == 1 for batch in batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_damaged_pictures_end_the_epoch(workers: int) -> None:
+    source = PicturesWithFaults({3, 7})
+    with pytest.raises(DataError, match=r"2 of 9 pictures cannot be used, last: picture [37] is"):
+        list(training(source, workers=workers))
+    with pytest.raises(DataError, match="2 of 9 pictures"):
+        list(evaluation(source, workers=workers))
+
+
+def test_damage_is_summed_up_over_epochs() -> None:
+    source = PicturesWithFaults({3})
+    loader = training(source)
+    epoch_of(loader, 0)
+    source.faulty = {4}
+    with pytest.raises(DataError, match="2 of 9 pictures"):
+        epoch_of(loader, 1)
+
+
+def test_a_cut_jpeg_in_coco_is_left_out_by_name(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = [image_row(i, 40, 50, f"{i}.jpg") for i in range(4)]
+    pictures = {i: rng.integers(0, 256, (40, 50, 3), np.uint8) for i in range(4)}
+    write_coco(tmp_path, "train", images, [], pictures=pictures)
+    path = tmp_path / "train2017" / "2.jpg"
+    path.write_bytes(path.read_bytes()[:-300])
+
+    loader = training(CocoPeople(tmp_path, "train"))
+
+    assert sorted(ids(list(loader))) == ["0", "1", "3"]
+    (message,) = loader.damaged
+    assert str(path) in message
+
+
+def test_the_toy_data_set_loads_without_a_loss(tmp_path: Path) -> None:
+    """Other tests train on it; one picture a split holds nobody."""
+    root = make_toy_coco(tmp_path, num_train=6, num_val=3)
+    train, val = training(CocoPeople(root, "train")), evaluation(CocoPeople(root, "val"))
+    assert len(ids(list(train))) == 6
+    people = [bool((mask == 1).any()) for batch in val for mask in batch["mask"]]
+    assert sorted(people) == [False, True, True]
+
+
+class KilledWorkers(PicturesWithFaults):
+    def fail(self, index: int) -> None:
+        assert get_worker_info() is not None  # or pytest itself would go
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_a_resource_error() -> None:
+    loader = training(KilledWorkers({5}), workers=1)
+    with pytest.raises(ResourceError, match="--workers 0"):
+        list(loader)
+
+
+class GroupsOfTheirWorkers(Pictures):
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        return Sample(image=sample.image, mask=sample.mask, image_id=str(os.getpgrp()))
+
+
+def test_workers_are_out_of_reach_of_a_signal_to_the_process_group() -> None:
+    """The main process gets it alone; it saves, and ends its workers when it wants to."""
+    groups = ids(list(training(GroupsOfTheirWorkers(), workers=2)))
+    assert len(set(groups)) == 2
+    assert str(os.getpgrp()) not in groups
+
+
+class PicturesWithABug(PicturesWithFaults):
+    def fail(self, index: int) -> None:
+        raise RuntimeError("the product of all fears")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_of_ours_is_not_blamed_on_the_machine(workers: int) -> None:
+    """torch words it "Caught RuntimeError in DataLoader worker process 0"."""
+    with pytest.raises(RuntimeError, match="the product of all fears"):
+        list(training(PicturesWithABug({5}), workers=workers))
+
+
+class NoSharedMemory(PicturesWithFaults):
+    """From one picture on the worker may create no file above a kilobyte, in /dev/shm neither."""
+
+    def fail(self, index: int) -> None:
+        assert get_worker_info() is not None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+
+
+def test_too_little_shared_memory_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with 64 MB of /dev/shm: it must not wait for ever for the lost batch."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "still waiting for a batch that never comes")
+
+    monkeypatch.setattr("segtrain.data.loading._PATIENCE", 3.0)
+    old = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(30)  # only where it would wait for ever
+    try:
+        with pytest.raises(ResourceError, match="/dev/shm"):
+            list(training(NoSharedMemory({0, 1, 2}), workers=1))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+
+
+# --------------------------------------------------------------------------- workers
+
+
+LEAVE_IN_MID_EPOCH = """
+from test_loading import Pictures, training
+batches = iter(training(Pictures(), workers=2))
+next(batches)
+raise SystemExit(3)
+"""
+
+
+def test_a_program_that_ends_in_mid_epoch_does_not_wait_for_its_workers() -> None:
+    """Workers that ignore SIGTERM outlive the way in which multiprocessing ends its children."""
+    folders = [Path(segtrain.__file__).parents[1], Path(__file__).parent]
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEAVE_IN_MID_EPOCH],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
+        start_new_session=True,
+    )
+    try:
+        assert process.wait(timeout=60) == 3
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # nobody is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers"), [(None, 1), (1, 1), (2, 1), (3, 1), (8, 4), (16, 8), (128, 8)]
+)
+def test_auto_is_a_process_for_every_second_core(
+    cores: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert resolve_workers("auto") == workers
+
+
+@pytest.mark.parametrize("workers", [0, 1, 30])
+def test_a_number_of_workers_is_taken_as_it_is(workers: int) -> None:
+    assert resolve_workers(workers) == workers
