@@ -1,0 +1,40 @@
+"""Judging a network on whole pictures at their original resolution."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from segtrain.devices import Autocast
+from segtrain.evaluation.metrics import ConfusionMatrix
+from segtrain.models.inference import person_probs
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    device: torch.device,
+    autocast: Autocast,
+    on_batch: Callable[[int], object] = lambda num_images: None,
+) -> ConfusionMatrix:
+    """Count every pixel of every picture once.
+
+    The network sees the picture scaled to its size; its probabilities are enlarged to the mask's
+    resolution and thresholded at one half there.
+
+    Args:
+        model: put into evaluation mode here and left so.
+        batches: mappings with "image" N 3 h w uint8 and "mask" N H W uint8 in {0, 1, 255}.
+        on_batch: called with the number of images after each batch.
+    """
+    model.eval()
+    confusion = ConfusionMatrix(device=device)
+    for batch in batches:
+        image = batch["image"].to(device, non_blocking=True)
+        mask = batch["mask"].to(device, non_blocking=True)
+        probs = person_probs(model, image, (mask.shape[1], mask.shape[2]), autocast)
+        confusion.update(probs >= 0.5, mask)
+        on_batch(len(image))
+    return confusion

@@ -1,0 +1,340 @@
+"""Counting and the formulas against hand-computed cases and torchmetrics; evaluate() by hand."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torch import Tensor, nn
+
+from segtrain.evaluation.evaluate import evaluate
+from segtrain.evaluation.metrics import ConfusionMatrix, SegmentationMetrics, metrics_from_counts
+
+
+def confusion_of(preds: Tensor, mask: Tensor) -> ConfusionMatrix:
+    confusion = ConfusionMatrix()
+    confusion.update(preds, mask)
+    return confusion
+
+
+def random_case(seed: int, num: int = 6, ignored: float = 0.2) -> tuple[Tensor, Tensor]:
+    """Predictions and truth, N 20 30, that agree more often than by chance."""
+    rng = np.random.default_rng(seed)
+    mask = (rng.random((num, 20, 30)) < 0.3).astype(np.uint8)
+    preds = np.where(rng.random(mask.shape) < 0.2, 1 - mask, mask)
+    mask[rng.random(mask.shape) < ignored] = 255
+    return torch.from_numpy(preds), torch.from_numpy(mask)
+
+
+# --- Counting -----------------------------------------------------------------------------------
+
+
+def test_counts_are_indexed_by_truth_then_prediction() -> None:
+    mask = torch.tensor([[0, 0, 0, 1, 1, 255]], dtype=torch.uint8)
+    preds = torch.tensor([[0, 0, 1, 0, 1, 1]])
+    assert confusion_of(preds, mask).counts.tolist() == [[2, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_predictions_of_any_integer_type_count_the_same(dtype: torch.dtype) -> None:
+    preds, mask = random_case(0)
+    by_hand = [
+        [int(((mask == t) & (preds == p)).sum()) for p in range(2)]  # ignore equals neither
+        for t in range(2)
+    ]
+    assert confusion_of(preds.to(dtype), mask).counts.tolist() == by_hand
+
+
+def test_ignored_pixels_count_nowhere_whatever_is_predicted_there() -> None:
+    preds, mask = random_case(1)
+    flipped = torch.where(mask == 255, 1 - preds, preds)
+    assert (mask == 255).any()
+    assert torch.equal(confusion_of(preds, mask).counts, confusion_of(flipped, mask).counts)
+    assert confusion_of(preds, mask).counts.sum() == (mask != 255).sum()
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [5, 1], [6]])
+def test_parts_merge_to_the_whole(sizes: list[int]) -> None:
+    preds, mask = random_case(2)
+    confusion = ConfusionMatrix()
+    for some_preds, some_mask in zip(preds.split(sizes), mask.split(sizes), strict=True):
+        confusion.update(some_preds, some_mask)
+    whole = confusion_of(preds, mask)
+    assert torch.equal(confusion.counts, whole.counts)
+    assert confusion.compute() == whole.compute()
+
+
+def test_counts_of_many_classes() -> None:
+    rng = np.random.default_rng(3)
+    mask, preds = rng.integers(0, 5, 1000), rng.integers(0, 5, 1000)
+    expected = np.zeros((5, 5), dtype=int)
+    np.add.at(expected, (mask, preds), 1)
+    confusion = ConfusionMatrix(num_classes=5)
+    confusion.update(torch.from_numpy(preds), torch.from_numpy(mask).to(torch.uint8))
+    assert confusion.counts.tolist() == expected.tolist()
+
+
+def test_counts_go_on_beyond_two_to_the_31() -> None:
+    """COCO's 5,000 validation images alone have 1.4e9 pixels; float32 stalls at 1.7e7."""
+    confusion = ConfusionMatrix()
+    confusion.counts += torch.tensor([[2**40, 2**31], [2**31 - 1, 2**33]])
+    confusion.update(torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1]))
+    expected = [[2**40 + 1, 2**31 + 1], [2**31, 2**33 + 1]]
+    assert confusion.counts.tolist() == expected
+    assert confusion.compute().person_iou == (2**33 + 1) / (2**33 + 2 + 2**32)
+
+
+# --- The formulas -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        pytest.param(
+            # 50 + 10 background pixels, 20 + 40 person pixels.
+            [[50, 10], [20, 40]],
+            {
+                "person_iou": 40 / 70,
+                "mean_iou": (50 / 80 + 40 / 70) / 2,
+                "dice": 80 / 110,
+                "pixel_accuracy": 90 / 120,
+                "all_person_iou": 60 / 120,
+                "all_background_iou": 0,
+            },
+            id="mixed",
+        ),
+        pytest.param(
+            [[90, 0], [0, 10]],
+            {
+                "person_iou": 1,
+                "mean_iou": 1,
+                "dice": 1,
+                "pixel_accuracy": 1,
+                "all_person_iou": 0.1,
+                "all_background_iou": 0,
+            },
+            id="perfect",
+        ),
+        pytest.param(
+            [[0, 30], [70, 0]],
+            {
+                "person_iou": 0,
+                "mean_iou": 0,
+                "dice": 0,
+                "pixel_accuracy": 0,
+                "all_person_iou": 0.7,
+                "all_background_iou": 0,
+            },
+            id="all wrong",
+        ),
+        pytest.param(
+            [[100, 0], [0, 0]],
+            {
+                "person_iou": 1,
+                "mean_iou": 1,
+                "dice": 1,
+                "pixel_accuracy": 1,
+                "all_person_iou": 0,
+                "all_background_iou": 1,
+            },
+            id="nobody there, nobody predicted",
+        ),
+        pytest.param(
+            [[99, 1], [0, 0]],
+            {
+                "person_iou": 0,
+                "mean_iou": 0.99 / 2,
+                "dice": 0,
+                "pixel_accuracy": 0.99,
+                "all_person_iou": 0,
+                "all_background_iou": 1,
+            },
+            id="nobody there, somebody predicted",
+        ),
+        pytest.param(
+            [[0, 0], [0, 5]],
+            {
+                "person_iou": 1,
+                "mean_iou": 1,
+                "dice": 1,
+                "pixel_accuracy": 1,
+                "all_person_iou": 1,
+                "all_background_iou": 0,
+            },
+            id="nothing but person",
+        ),
+        pytest.param(
+            [[0, 0], [0, 0]],
+            {
+                "person_iou": 1,
+                "mean_iou": 1,
+                "dice": 1,
+                "pixel_accuracy": 1,
+                "all_person_iou": 1,
+                "all_background_iou": 1,
+            },
+            id="every pixel ignored",
+        ),
+    ],
+)
+def test_formulas_by_hand(counts: list[list[int]], expected: dict[str, float]) -> None:
+    assert vars(metrics_from_counts(counts)) == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_formulas_agree_with_torchmetrics(seed: int) -> None:
+    preds, mask = random_case(seed + 10)
+    ours = confusion_of(preds, mask).compute()
+    multi: dict[str, Any] = {"task": "multiclass", "num_classes": 2, "ignore_index": 255}
+
+    def theirs(metric: torchmetrics.Metric) -> Tensor:
+        # 255 is no class index for torchmetrics' checks of uint8, so it gets wider integers.
+        return metric(preds.long(), mask.long()).double()
+
+    ious = theirs(torchmetrics.JaccardIndex(average="none", **multi))
+    f1 = theirs(torchmetrics.F1Score(average="none", **multi))
+    accuracy = theirs(torchmetrics.Accuracy(average="micro", **multi))
+    # torchmetrics divides in float32: 1e-6 is all it can promise.
+    assert ours.person_iou == pytest.approx(ious[1].item(), abs=1e-6)
+    assert ours.mean_iou == pytest.approx(ious.mean().item(), abs=1e-6)
+    assert ours.dice == pytest.approx(f1[1].item(), abs=1e-6)
+    assert ours.pixel_accuracy == pytest.approx(accuracy.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_formulas_agree_with_sets_of_pixels_to_the_last_digits(seed: int) -> None:
+    preds, mask = random_case(seed + 20)
+    counted = (mask != 255).numpy()
+    truth, predicted = mask.numpy()[counted] == 1, preds.numpy()[counted] == 1
+    person = (truth & predicted).sum() / (truth | predicted).sum()
+    background = (~truth & ~predicted).sum() / (~truth | ~predicted).sum()
+    ours = confusion_of(preds, mask).compute()
+    assert ours.person_iou == pytest.approx(person, abs=1e-12)
+    assert ours.mean_iou == pytest.approx((person + background) / 2, abs=1e-12)
+    assert ours.dice == pytest.approx(2 * person / (1 + person), abs=1e-12)
+    assert ours.pixel_accuracy == pytest.approx((truth == predicted).mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answer", "field"), [(1, "all_person_iou"), (0, "all_background_iou")], ids=["all", "none"]
+)
+def test_trivial_baselines_are_the_person_iou_of_that_answer(answer: int, field: str) -> None:
+    preds, mask = random_case(30)
+    trivial = confusion_of(torch.full_like(preds, answer), mask).compute()
+    assert getattr(confusion_of(preds, mask).compute(), field) == trivial.person_iou
+
+
+def test_the_headline_is_global_not_a_mean_over_images() -> None:
+    """A large wrong picture weighs more than a small right one."""
+    confusion = ConfusionMatrix()
+    confusion.update(torch.ones(1, 2), torch.ones(1, 2))
+    confusion.update(torch.zeros(10, 10), torch.ones(10, 10))
+    assert confusion.compute().person_iou == 2 / 102
+
+
+# --- evaluate() ---------------------------------------------------------------------------------
+
+
+class RedIsPerson(nn.Module):
+    """The logit of person is half of red - 100, that of background 0: the answer is known."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        red = (image[:, :1].float() - 100) / 2
+        return torch.cat([torch.zeros_like(red), red], dim=1)
+
+
+def judge(images: Tensor, masks: Tensor, batch_size: int, **kwargs: Any) -> ConfusionMatrix:
+    batches = [
+        {"image": image, "mask": mask}
+        for image, mask in zip(images.split(batch_size), masks.split(batch_size), strict=True)
+    ]
+    kwargs.setdefault("model", RedIsPerson())
+    return evaluate(
+        batches=batches,
+        device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
+        **kwargs,
+    )
+
+
+def red_images(red: Tensor) -> Tensor:
+    """N H W of red values as N 3 H W pictures whose other channels would mislead."""
+    return torch.stack([red, 200 - red, 200 - red], dim=1).to(torch.uint8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_evaluate_counts_every_pixel_once_at_any_batch_size(batch_size: int) -> None:
+    rng = np.random.default_rng(4)
+    red = torch.from_numpy(rng.choice([0, 200], (5, 9, 7)))
+    masks = torch.from_numpy(rng.choice([0, 1, 255], (5, 9, 7)).astype(np.uint8))
+    expected = [[int(((masks == t) & (red == r)).sum()) for r in (0, 200)] for t in (0, 1)]
+    assert judge(red_images(red), masks, batch_size).counts.tolist() == expected
+
+
+def test_evaluate_judges_at_the_resolution_of_the_mask() -> None:
+    """The left half is person; seen at 4x4, judged at 40x40 and 10x30."""
+    red = torch.zeros(1, 4, 4, dtype=torch.int64)
+    red[:, :, :2] = 200
+    for height, width in ((40, 40), (10, 30)):
+        mask = torch.zeros(1, height, width, dtype=torch.uint8)
+        mask[:, :, : width // 2] = 1
+        half = height * width // 2
+        assert judge(red_images(red), mask, 1).counts.tolist() == [[half, 0], [0, half]]
+
+
+def test_evaluate_enlarges_probabilities_before_it_thresholds_them() -> None:
+    """Sure person beside unsure background: the line lies where the probabilities cross one half.
+
+    Two pixels enlarged to eight with aligned outer edges: the weight of the left one is 1, 1,
+    7/8, 5/8, 3/8, 1/8, 0, 0. A mask or logits enlarged instead would split the row elsewhere.
+    """
+    sure, unsure = 1.0, torch.sigmoid(torch.tensor(-0.5)).item()
+    weights = [1, 1, 7 / 8, 5 / 8, 3 / 8, 1 / 8, 0, 0]
+    person = [w * sure + (1 - w) * unsure >= 0.5 for w in weights]
+    assert sum(person) == 5  # a mask would give 4; logits, or aligned corners, 6
+    red = torch.tensor([[[200, 99]]])
+    counts = judge(red_images(red), torch.ones(1, 1, 8, dtype=torch.uint8), 1).counts
+    assert counts.tolist() == [[0, 0], [3, 5]]
+
+
+def test_an_even_probability_is_person() -> None:
+    red = torch.full((1, 2, 2), 100)
+    assert judge(red_images(red), torch.ones(1, 2, 2, dtype=torch.uint8), 1).counts[1, 1] == 4
+
+
+def test_evaluate_puts_the_model_into_evaluation_and_leaves_it_unchanged() -> None:
+    class Recording(RedIsPerson):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.seen: list[tuple[bool, bool]] = []
+
+        def forward(self, image: Tensor) -> Tensor:
+            self.norm(image.float())
+            self.seen.append((self.training, torch.is_grad_enabled()))
+            return super().forward(image)
+
+    model = Recording().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    red = torch.full((2, 2, 2), 200)
+    judge(red_images(red), torch.ones(2, 2, 2, dtype=torch.uint8), 1, model=model)
+    assert model.seen == [(False, False)] * 2
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_evaluate_tells_the_number_of_images_of_each_batch() -> None:
+    told: list[int] = []
+    red = torch.zeros(5, 2, 2)
+    judge(red_images(red), torch.zeros(5, 2, 2, dtype=torch.uint8), 2, on_batch=told.append)
+    assert told == [2, 2, 1]
+
+
+def test_evaluate_of_no_batches_counts_nothing() -> None:
+    confusion = evaluate(
+        RedIsPerson(), [], device=torch.device("cpu"), autocast=contextlib.nullcontext
+    )
+    assert confusion.counts.tolist() == [[0, 0], [0, 0]]
+    assert isinstance(confusion.compute(), SegmentationMetrics)
