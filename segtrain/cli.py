@@ -1,0 +1,275 @@
+"""The command line: parse, call one function, print. Heavy imports live inside the commands."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from segtrain import __version__
+from segtrain.errors import DataError, UserError
+
+app = typer.Typer(
+    name="segtrain",
+    help="Train, judge and use person/background segmentation networks.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+_BUG, _USAGE, _RESOURCE, _INTERRUPTED, _TERMINATED = 1, 2, 5, 130, 143
+_LONGEST_ERROR = 200
+
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Checkpoint or run folder. Default: $SEGTRAIN_CHECKPOINT, else the latest run's best."
+    ),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"segtrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of deltas from the defaults; see configs/.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="unet, tiramisu, fc_densenet103, -67 or -56.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Root in COCO layout. Default: $SEGTRAIN_DATA, else drawn demo people."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images an optimizer step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of RMSProp.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the crops; short side in validation, pixels.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    workers: Annotated[str | None, typer.Option(help="Loader processes: a number or auto.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of all runs.  [runs]")] = None,
+    name: Annotated[str | None, typer.Option(help="Folder of this run inside it.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="A run folder or last.pt to continue, or auto: the latest if any."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Every random draw follows from it.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting, e.g. --set model.base_channels=16."),
+    ] = None,
+) -> None:
+    """Train a network; ends with a run folder that holds its checkpoints, numbers and pictures."""
+    _say_loading()
+    from segtrain.config import dump_yaml
+    from segtrain.training.fit import fit
+    from segtrain.training.logs import RunLog
+    from segtrain.training.start import prepare_start
+
+    flags: dict[str, Any] = {
+        "model.name": model,
+        "data.root": data,
+        "data.image_size": image_size,
+        "data.workers": workers,
+        "optim.lr": lr,
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "train.precision": precision,
+        "train.device": device,
+        "train.output": output,
+        "train.name": name,
+        "train.seed": seed,
+    }
+    start = prepare_start(config, flags=flags, sets=set_ or [], resume=resume)
+    log = RunLog(start.run.log)
+    for note in start.notes:
+        log.line(note)
+    log.line(f"run: {start.run.path}, configuration:")
+    log.line(dump_yaml(start.config).rstrip())
+    result = fit(start, log)
+    log.line(
+        f"best person IoU {result.best_iou:.4f} in epoch {result.best_epoch} of "
+        f"{result.num_epochs}; look at {start.run.curves} and {start.run.path / 'samples'}"
+    )
+    log.line(f"next: segtrain eval --checkpoint {start.run.path}")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: CheckpointOption = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Root in COCO layout. Default: what the network was trained on."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="val or train.")] = "val",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.")] = None,
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Judge a checkpoint on labelled images at their original resolution."""
+    _say_loading()
+    from rich.console import Console
+
+    from segtrain.evaluation.judge import judge
+    from segtrain.evaluation.report import metrics_table
+
+    judgement = judge(
+        checkpoint,
+        data=data,
+        split=split,
+        batch_size=batch_size,
+        workers=workers,
+        device_name=device,
+        tell=_to_stderr,
+    )
+    if as_json:
+        print(json.dumps(judgement.as_json(), indent=2))
+    else:
+        Console().print(metrics_table(judgement))
+
+
+@app.command()
+def predict(
+    images: Annotated[
+        list[str], typer.Argument(help="Pictures, folders, or glob patterns in quotes.")
+    ],
+    checkpoint: CheckpointOption = None,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("predictions"),
+    background: Annotated[
+        str | None,
+        typer.Option(help="Put the people on a picture, a colour (#00ff00), or blur theirs."),
+    ] = None,
+    panel: Annotated[
+        bool, typer.Option("--panel", help="Also original | new background | mask, side by side.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results that exist.")
+    ] = False,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Refuse larger pictures before decoding them.")
+    ] = 100_000_000,
+    device: DeviceOption = "auto",
+) -> None:
+    """Cut people out of pictures: a mask and a cut-out each, at the picture's own size."""
+    _say_loading()
+    from segtrain.prediction.predict import plan_jobs, predict_all
+
+    kinds = ["mask", "cutout"]
+    if background is not None:
+        kinds.append("background")
+    if panel:
+        kinds.append("panel")
+    jobs = plan_jobs(images, output, kinds, overwrite=overwrite)
+    problems = predict_all(
+        jobs,
+        checkpoint,
+        background=background or "blur",
+        max_pixels=max_pixels,
+        device_name=device,
+        tell=_to_stderr,
+    )
+    print(f"{len(jobs) - len(problems)} of {len(jobs)} pictures done, results in {output}")
+    if problems:
+        raise DataError(
+            f"{len(problems)} of {len(jobs)} pictures could not be used, first: {problems[0]}"
+        )
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="New folder for the data set.")],
+    train_images: Annotated[int, typer.Option(min=1, help="Training images.")] = 512,
+    val_images: Annotated[int, typer.Option(min=1, help="Validation images.")] = 96,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other people.")] = 0,
+) -> None:
+    """Draw people to practise on: a data set in COCO layout."""
+    from segtrain.data.demo import draw_demo_people
+
+    draw_demo_people(folder, num_train=train_images, num_val=val_images, seed=seed)
+    print(f"{train_images} + {val_images} drawn images in {folder}")
+
+
+def main() -> None:
+    """The console script: runs a command and ends the process with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; every error becomes one line on stderr and its exit code."""
+    debug = "--debug" in arguments
+    signal.signal(signal.SIGTERM, _end_on_sigterm)
+    try:
+        # typer turns Ctrl-C into the exit code it returns here.
+        code = int(app([a for a in arguments if a != "--debug"], standalone_mode=False) or 0)
+        if code == _INTERRUPTED:
+            _to_stderr("stopped by Ctrl-C; what was saved before stays")
+        return code
+    except Exception as error:
+        if debug:
+            raise
+        message, code = _explain(error)
+        print(f"error: {_one_line(message)}", file=sys.stderr)
+        return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Message and exit code of whatever ended a command."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.TyperException):
+        return f"{error.format_message()} See segtrain --help.", _USAGE
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    if out_of_memory or "can't allocate memory" in str(error):
+        return "out of memory; try a smaller --batch-size or --image-size", _RESOURCE
+    if isinstance(error, OSError):
+        return f"{error}; free the disk or choose another folder", _RESOURCE
+    return f"{type(error).__name__}: {error}; this is a bug, --debug shows where", _BUG
+
+
+def _one_line(message: str) -> str:
+    """At most 200 characters; a long message loses its middle, not the remedy at its end."""
+    message = " ".join(message.split())
+    room = _LONGEST_ERROR - len("error: ")
+    if len(message) <= room:
+        return message
+    tail = room // 2 - 20
+    return f"{message[: room - tail - 3]}...{message[-tail:]}"
+
+
+def _end_on_sigterm(signum: int, frame: object) -> None:
+    _to_stderr("stopped by SIGTERM; what was saved before stays")
+    sys.exit(_TERMINATED)
+
+
+def _say_loading() -> None:
+    # Importing torch takes seconds; on a terminal, silence would look like hanging.
+    if sys.stderr.isatty():
+        _to_stderr("loading torch ...")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

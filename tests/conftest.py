@@ -1,0 +1,81 @@
+"""What several test files share."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from coco_fixtures import make_toy_coco
+
+from segtrain.cli import run
+
+# A network and a run small enough to train in a second or two.
+TOY_TRAINING = (
+    *("--set", "model.base_channels=4", "--set", "model.depth=2", "--set", "optim.warmup_steps=5"),
+    *("--image-size", "48", "--batch-size", "4", "--workers", "0", "--precision", "fp32"),
+    *("--device", "cpu"),
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command line that has run."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+Command = Callable[..., Finished]
+
+
+@pytest.fixture
+def segtrain(capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs `segtrain ARGUMENTS` in this process."""
+
+    def command(*arguments: str | Path) -> Finished:
+        capfd.readouterr()
+        code = run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return Finished(code, out, err)
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def toy_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data set in COCO layout that a tiny network can learn."""
+    return make_toy_coco(tmp_path_factory.mktemp("toy") / "coco")
+
+
+@pytest.fixture(scope="session")
+def trained_run(toy_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished toy run."""
+    output = tmp_path_factory.mktemp("trained")
+    arguments = ["--data", str(toy_coco), "--output", str(output), "--name", "toy"]
+    assert run(["train", *arguments, "--epochs", "2", *TOY_TRAINING, "--debug"]) == 0
+    return output / "toy"
+
+
+@pytest.fixture(autouse=True)
+def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the user's data, checkpoints, cache or runs."""
+    for name in ("SEGTRAIN_DATA", "SEGTRAIN_CHECKPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SEGTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real people, where a checkout has them beside it: never part of the project."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    path = Path(os.environ.get("SEGTRAIN_REAL_DATA", path))
+    if not path.is_dir():
+        pytest.skip("no real data beside the checkout; set SEGTRAIN_REAL_DATA")
+    return path

@@ -1,0 +1,179 @@
+"""Errors as part of the product: one line, the right exit code, nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOY_TRAINING, Command
+
+from segtrain import __version__
+from segtrain.cli import _one_line
+
+USAGE, DATA, CHECKPOINT, RESOURCE, DIVERGED = 2, 3, 4, 5, 6
+
+
+def test_version(segtrain: Command) -> None:
+    assert segtrain("--version").out == f"segtrain {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "demo"])
+def test_help_of_every_command(segtrain: Command, command: str) -> None:
+    finished = segtrain(command, "--help")
+
+    assert finished.code == 0
+    assert "Usage" in finished.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["train", "--nonsense"], USAGE, "--nonsense"),
+        (["nonsense"], USAGE, "nonsense"),
+        (["predict"], USAGE, "images"),
+        (["train", "--epochs", "many"], USAGE, "--epochs"),
+        (["train", "--model", "unett"], USAGE, "unett"),
+        (["train", "--set", "model.nonsense=1"], USAGE, "nonsense"),
+        (["train", "--set", "optim.nonsense=1"], USAGE, "optim.nonsense"),
+        (["train", "--lr", "0.1", "--set", "optim.lr=0.1"], USAGE, "twice"),
+        (["train", "--config", "nope.yaml"], USAGE, "nope.yaml"),
+        (["train", "--device", "tpu"], USAGE, "tpu"),
+        (["train", "--device", "cuda:99"], USAGE, "cuda:99"),
+        (["train", "--data", "nope"], DATA, "nope"),
+        (["train", "--data", "empty"], DATA, "empty"),
+        (["train", "--resume", "nope"], CHECKPOINT, "nope"),
+        (["eval"], CHECKPOINT, "segtrain train"),
+        (["eval", "--checkpoint", "nope.pt"], CHECKPOINT, "nope.pt"),
+        (["eval", "--checkpoint", "text.pt"], CHECKPOINT, "text.pt"),
+        (["eval", "--split", "test"], USAGE, "test"),
+        (["predict", "nope.jpg"], USAGE, "nope.jpg"),
+        (["predict", "text.pt", "--checkpoint", "text.pt"], CHECKPOINT, "text.pt"),
+        (["predict", "text.pt", "--background", "nope"], USAGE, "nope"),
+        (["demo", "empty"], USAGE, "empty"),
+        (["demo", "text.pt/below"], RESOURCE, "text.pt/below"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line_and_an_exit_code(
+    segtrain: Command, tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("no checkpoint")
+
+    finished = segtrain(*arguments)
+
+    assert finished.code == code
+    [line] = finished.error_lines
+    assert said in line
+    assert len(line) <= 200
+    assert "Traceback" not in finished.err
+    assert not (tmp_path / "runs").exists(), "a wrong command leaves no run folder"
+
+
+def test_debug_shows_the_traceback(segtrain: Command) -> None:
+    with pytest.raises(Exception, match="nope"):
+        segtrain("eval", "--checkpoint", "nope.pt", "--debug")
+
+
+def test_a_bug_of_ours_is_exit_code_1(segtrain: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("segtrain.data.demo.draw_demo_people", broken)
+
+    finished = segtrain("demo", "people")
+
+    assert finished.code == 1
+    assert finished.error_lines == [
+        "error: ZeroDivisionError: oh; this is a bug, --debug shows where"
+    ]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_out_of_memory_says_what_to_do(
+    segtrain: Command, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def greedy(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("segtrain.data.demo.draw_demo_people", greedy)
+
+    finished = segtrain("demo", "people")
+
+    assert finished.code == RESOURCE
+    assert "--batch-size" in finished.error_lines[0]
+
+
+def test_an_existing_run_is_kept(segtrain: Command, toy_coco: Path, trained_run: Path) -> None:
+    before = (trained_run / "checkpoints" / "last.pt").read_bytes()
+
+    finished = segtrain(
+        *("train", "--data", toy_coco, "--output", trained_run.parent, "--name", trained_run.name)
+    )
+
+    assert finished.code == USAGE
+    assert "--resume auto" in finished.error_lines[0]
+    assert (trained_run / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_a_diverged_run_ends_with_6_and_keeps_no_broken_checkpoint(
+    segtrain: Command, toy_coco: Path, tmp_path: Path
+) -> None:
+    finished = segtrain(
+        *("train", "--data", toy_coco, "--name", "wild", "--epochs", "3", *TOY_TRAINING),
+        *("--lr", "1e30"),
+    )
+
+    assert finished.code == DIVERGED
+    [line] = finished.error_lines
+    assert "--lr" in line
+    assert not (tmp_path / "runs" / "wild" / "checkpoints" / "last.pt").exists()
+
+
+def test_a_long_message_loses_its_middle_not_its_remedy() -> None:
+    shown = _one_line("cannot read " + "x" * 500 + "\n do this")
+
+    assert len("error: " + shown) <= 200
+    assert shown.startswith("cannot read")
+    assert shown.endswith("x do this")
+
+
+def test_a_spaced_out_message_becomes_one_line() -> None:
+    assert _one_line("a\n  b\tc") == "a b c"
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "to_group"),
+    [(signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True), (signal.SIGINT, 130, True)],
+    ids=["TERM", "TERM to the group", "INT to the group"],
+)
+def test_a_signal_ends_training_with_its_code_and_keeps_the_last_epoch(
+    toy_coco: Path, tmp_path: Path, sent: signal.Signals, code: int, to_group: bool
+) -> None:
+    arguments = ["train", "--data", toy_coco, "--name", "x", "--epochs", "9999", *TOY_TRAINING]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "segtrain", *map(str, arguments), "--workers", "2"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        start_new_session=True,
+    )
+    last = tmp_path / "runs" / "x" / "checkpoints" / "last.pt"
+    deadline = time.monotonic() + 60
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+    (os.killpg if to_group else os.kill)(process.pid, sent)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == code
+    assert "stopped" in err
+    assert "Traceback" not in err
+    assert last.exists()
+    assert not list(last.parent.glob(".*.tmp"))
+    assert subprocess.run(["pgrep", "-s", str(process.pid)], check=False).returncode == 1, "orphans"

@@ -1,0 +1,274 @@
+"""train → eval → predict as a user types it, on a toy data set."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from conftest import TOY_TRAINING, Command
+from PIL import Image
+
+from segtrain.checkpoint import load_checkpoint
+from segtrain.config import load_config
+
+PROJECT = Path(__file__).parents[1]
+
+# A network with dropout, so that the state of torch's generator matters too.
+TOY_TIRAMISU = (
+    *("--model", "fc_densenet56", "--set", "model.down_blocks=[1]", "--set", "model.up_blocks=[1]"),
+    *("--set", "model.bottleneck=1", "--image-size", "48", "--batch-size", "4"),
+    *("--precision", "fp32", "--device", "cpu"),
+)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path).weights
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def pixels(path: str) -> npt.NDArray[np.uint8]:
+    with Image.open(path) as picture:
+        return np.array(picture)
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_a_run_leaves_what_it_promises(trained_run: Path) -> None:
+    made = {str(p.relative_to(trained_run)) for p in trained_run.rglob("*") if p.is_file()}
+
+    assert made == {
+        *("config.yaml", "metrics.jsonl", "curves.png", "log.txt"),
+        *("samples/epoch_0001.jpg", "samples/epoch_0002.jpg"),
+        *("checkpoints/last.pt", "checkpoints/best.pt"),
+    }
+    assert (trained_run.parent / "latest").resolve() == trained_run.resolve()
+    for picture in ("curves.png", "samples/epoch_0002.jpg"):
+        with Image.open(trained_run / picture) as opened:
+            assert min(opened.size) > 100
+
+
+def test_metrics_jsonl_has_an_object_an_epoch(trained_run: Path) -> None:
+    rows = history(trained_run)
+
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["global_step"] for row in rows] == [2, 4]
+    for row in rows:
+        for key in ("person_iou", "mean_iou", "dice", "pixel_accuracy"):
+            assert 0 <= row[f"val/{key}"] <= 1
+        assert row["train/loss"] > 0
+
+
+def test_the_saved_configuration_is_the_resolved_one(trained_run: Path, toy_coco: Path) -> None:
+    config = load_config(trained_run / "config.yaml")
+
+    assert config == load_checkpoint(trained_run / "checkpoints" / "best.pt").config
+    assert config.data.root == str(toy_coco)
+    assert config.train.name == "toy"
+
+
+def test_best_is_the_epoch_with_the_highest_person_iou(trained_run: Path) -> None:
+    rows = history(trained_run)
+    best = load_checkpoint(trained_run / "checkpoints" / "best.pt")
+
+    assert best.metrics["val/person_iou"] == max(row["val/person_iou"] for row in rows)
+    assert best.training == {}
+
+
+def test_eval_finds_the_number_of_the_training_again(
+    segtrain: Command, trained_run: Path, toy_coco: Path
+) -> None:
+    best = load_checkpoint(trained_run / "checkpoints" / "best.pt")
+
+    finished = segtrain("eval", "--checkpoint", trained_run, "--json", "--batch-size", "1")
+
+    numbers = json.loads(finished.out)
+    assert finished.code == 0
+    assert numbers["data"] == str(toy_coco)
+    assert numbers["num_images"] == 4
+    for key in ("person_iou", "mean_iou", "dice", "pixel_accuracy"):
+        assert numbers[key] == pytest.approx(best.metrics[f"val/{key}"], abs=1e-6)
+
+
+def test_eval_shows_people_a_table_with_the_trivial_answers(
+    segtrain: Command, trained_run: Path
+) -> None:
+    finished = segtrain("eval", "--checkpoint", trained_run, "--split", "train")
+
+    assert finished.code == 0
+    for words in ("person IoU", "mean IoU", "Dice", "pixel accuracy", "all person"):
+        assert words in finished.out
+
+
+def test_predict_writes_at_the_photos_own_size(
+    segtrain: Command, trained_run: Path, tmp_path: Path
+) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (61, 47, 3), dtype=np.uint8)
+    # EXIF orientation 6: stored 61 x 47 (H x W), seen 47 x 61.
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(photo).save(tmp_path / "photo.jpg", exif=exif)
+
+    finished = segtrain(
+        *("predict", "photo.jpg", "--checkpoint", trained_run, "--background", "#0000ff"), "--panel"
+    )
+
+    assert finished.code == 0, finished.err
+    mask, cutout = pixels("predictions/photo_mask.png"), pixels("predictions/photo_cutout.png")
+    assert mask.shape == (47, 61)
+    assert set(np.unique(mask)) <= {0, 255}
+    assert cutout.shape == (47, 61, 4)
+    assert pixels("predictions/photo_background.jpg").shape == (47, 61, 3)
+    assert pixels("predictions/photo_panel.jpg").shape[1] >= 3 * 61
+
+
+def test_predict_goes_on_after_a_broken_picture_and_ends_with_3(
+    segtrain: Command, trained_run: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "good.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+
+    finished = segtrain("predict", "broken.jpg", "good.png", "--checkpoint", trained_run)
+
+    assert finished.code == 3
+    [line] = finished.error_lines
+    assert "1 of 2" in line
+    assert "broken.jpg" in line
+    assert Path("predictions/good_mask.png").exists()
+    assert not Path("predictions/broken_mask.png").exists()
+
+
+def test_a_checkpoint_alone_is_enough_in_a_fresh_process(trained_run: Path, tmp_path: Path) -> None:
+    shutil.copy(trained_run / "checkpoints" / "best.pt", tmp_path / "moved.pt")
+    Image.new("RGB", (50, 40), "gray").save(tmp_path / "p.png")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "segtrain", "predict", "p.png"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "SEGTRAIN_CHECKPOINT": "moved.pt"},
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "$SEGTRAIN_CHECKPOINT" in done.stderr
+    assert (tmp_path / "predictions" / "p_mask.png").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_stopped_and_resumed_run_equals_a_straight_one_bit_for_bit(
+    segtrain: Command, toy_coco: Path, workers: str
+) -> None:
+    toy = ["--data", str(toy_coco), *TOY_TIRAMISU, "--workers", workers]
+
+    assert segtrain("train", *toy, "--name", "straight", "--epochs", "3").code == 0
+    assert segtrain("train", *toy, "--name", "stopped", "--epochs", "1").code == 0
+    resumed = segtrain("train", *toy, "--name", "stopped", "--epochs", "3", "--resume", "auto")
+
+    assert resumed.code == 0
+    assert "after epoch 1" in resumed.out
+    checkpoints = [Path("runs") / name / "checkpoints" for name in ("straight", "stopped")]
+    for file in ("last.pt", "best.pt"):
+        assert_equal_weights(checkpoints[0] / file, checkpoints[1] / file)
+    assert [row["epoch"] for row in history(Path("runs/stopped"))] == [1, 2, 3]
+
+
+def test_resume_without_the_random_state_would_not_be_the_same_run(
+    segtrain: Command, toy_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted fault for the test above."""
+    toy = ["--data", str(toy_coco), *TOY_TIRAMISU, "--workers", "0"]
+    segtrain("train", *toy, "--name", "straight", "--epochs", "2")
+    segtrain("train", *toy, "--name", "stopped", "--epochs", "1")
+    monkeypatch.setattr("segtrain.training.fit._set_random_states", lambda *args: None)
+
+    segtrain("train", *toy, "--epochs", "2", "--resume", "runs/stopped")
+
+    with pytest.raises(AssertionError):
+        assert_equal_weights(
+            Path("runs/straight/checkpoints/last.pt"), Path("runs/stopped/checkpoints/last.pt")
+        )
+
+
+def test_resume_auto_with_nothing_there_starts_afresh_and_says_so(
+    segtrain: Command, toy_coco: Path
+) -> None:
+    finished = segtrain(
+        *("train", "--data", toy_coco, "--epochs", "1", "--resume", "auto", *TOY_TRAINING)
+    )
+
+    assert finished.code == 0
+    assert "starting afresh" in finished.out
+
+
+def test_resume_refuses_another_experiment_and_names_the_keys(
+    segtrain: Command, trained_run: Path
+) -> None:
+    before = (trained_run / "checkpoints" / "last.pt").read_bytes()
+
+    finished = segtrain("train", "--resume", trained_run, "--lr", "0.5", "--model", "tiramisu")
+
+    assert finished.code == 4
+    assert "optim.lr" in finished.error_lines[0]
+    assert "model.name" in finished.error_lines[0]
+    assert (trained_run / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_a_finished_run_resumed_is_left_as_it_is(segtrain: Command, trained_run: Path) -> None:
+    before = (trained_run / "checkpoints" / "last.pt").read_bytes()
+
+    finished = segtrain("train", "--resume", trained_run)
+
+    assert finished.code == 0
+    assert (trained_run / "checkpoints" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precisions_train_on_the_cpu(
+    segtrain: Command, toy_coco: Path, precision: str
+) -> None:
+    toy = [argument for argument in TOY_TRAINING if argument not in {"--precision", "fp32"}]
+
+    finished = segtrain(
+        "train", "--data", toy_coco, "--epochs", "1", *toy, "--precision", precision
+    )
+
+    assert finished.code == 0, finished.err
+    assert f"precision {precision}" in finished.out
+
+
+def test_a_toy_network_learns_the_toy_people(segtrain: Command, toy_coco: Path) -> None:
+    toy = ["--data", str(toy_coco), *TOY_TRAINING, "--epochs", "25", "--name", "learns"]
+
+    assert segtrain("train", *toy).code == 0
+
+    best = load_checkpoint(Path("runs/learns/checkpoints/best.pt")).metrics
+    assert best["val/person_iou"] > 2 * best["val/all_person_iou"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_on_cuda(segtrain: Command, toy_coco: Path, precision: str) -> None:
+    toy = [a for a in TOY_TRAINING if a not in {"--precision", "fp32", "--device", "cpu"}]
+
+    finished = segtrain(
+        *("train", "--data", toy_coco, "--epochs", "2", *toy, "--device", "cuda"),
+        *("--precision", precision, "--name", "cuda"),
+    )
+
+    assert finished.code == 0, finished.err
+    assert segtrain("eval", "--checkpoint", "runs/cuda", "--device", "cuda").code == 0
