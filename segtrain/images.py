@@ -127,7 +127,9 @@ def _to_rgb(picture: Image.Image) -> Pixels:
         layered = Image.new("RGBA", picture.size, _WHITE)
         layered.alpha_composite(picture.convert("RGBA"))
         picture = layered
-    return np.array(picture.convert("RGB"), dtype=np.uint8)
+    if picture.mode != "RGB":  # convert() would copy even where there is nothing to do
+        picture = picture.convert("RGB")
+    return np.array(picture, dtype=np.uint8)
 
 
 def _to_8_bit(picture: Image.Image) -> Image.Image:

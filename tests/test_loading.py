@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -543,3 +544,27 @@ def test_auto_is_a_process_for_every_second_core(
 @pytest.mark.parametrize("workers", [0, 1, 30])
 def test_a_number_of_workers_is_taken_as_it_is(workers: int) -> None:
     assert resolve_workers(workers) == workers
+
+
+@pytest.mark.parametrize("size", [(3, 40_000), (40_000, 3)])
+def test_a_crop_of_an_endless_strip_takes_little_memory_and_comes_from_all_of_it(
+    size: tuple[int, int],
+) -> None:
+    """Scaled whole, until its short side fills the crop, the strip would take 23 MB."""
+    ramp = (
+        np.linspace(0, 255, max(size)).astype(np.uint8).reshape([-1 if n > 3 else 1 for n in size])
+    )
+    image = np.repeat(np.broadcast_to(ramp, size)[..., None], 3, axis=2)
+    strip = Sample(image=image, mask=np.ones(size, dtype=np.uint8), image_id="strip")
+    transform = TrainTransform(IMAGE_SIZE, (1, 1))
+
+    tracemalloc.start()
+    crops = [transform(strip, seed=0, epoch=epoch, index=0) for epoch in range(40)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 5e6
+    assert all(crop.image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) for crop in crops)
+    means = [crop.image.mean() for crop in crops]
+    assert min(means) < 60
+    assert max(means) > 195

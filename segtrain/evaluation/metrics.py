@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from segtrain.classes import IGNORE, PERSON
+from segtrain.classes import PERSON
 
 EMPTY_RULE = (
     "pixels marked ignore are left out; a class that is neither there nor predicted has IoU 1"
@@ -30,12 +30,11 @@ class ConfusionMatrix:
             mask: the truth, of the same shape; 255 is left out.
         """
         num_classes = self.counts.shape[0]
-        # Ignored pixels are counted in one bin too many and cut off: selecting them would
-        # synchronise the device.
-        pairs = mask.long() * num_classes + preds.long()
-        pairs = torch.where(mask == IGNORE, num_classes**2, pairs)
-        counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)
-        self.counts += counts[: num_classes**2].view(num_classes, num_classes)
+        # An ignored pixel's pair is beyond all others and never asked for. Selecting pixels, or
+        # bincount, would wait for the device to learn a size; comparing does not.
+        pairs = mask.to(torch.int16) * num_classes + preds.to(torch.int16)
+        counts = torch.stack([(pairs == pair).sum() for pair in range(num_classes**2)])
+        self.counts += counts.view(num_classes, num_classes)
 
     def compute(self) -> "SegmentationMetrics":
         """Reads the counts from the device."""

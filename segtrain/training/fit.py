@@ -31,7 +31,7 @@ from segtrain.images import resize_short_side
 from segtrain.models import build_model
 from segtrain.models.inference import person_probs
 from segtrain.progress import progress_bar
-from segtrain.runs import point_latest_at
+from segtrain.runs import RunFolder, point_latest_at
 from segtrain.training.engine import train_one_epoch
 from segtrain.training.logs import (
     Row,
@@ -101,18 +101,9 @@ def fit(start: Start, log: RunLog) -> FitResult:
         started = time.perf_counter()
         loss = _train_epoch(config, state, train_set, autocast, device)
         train_seconds = time.perf_counter() - started
-        with progress_bar(total=val_set.num_images, desc="validating") as bar:
-            confusion = evaluate(
-                state.model, val_set, device=device, autocast=autocast, on_batch=bar.update
-            )
-        metrics = {f"val/{key}": value for key, value in asdict(confusion.compute()).items()}
+        metrics = _validate(state.model, val_set, autocast, device)
         state.epoch += 1
-        improved = metrics["val/person_iou"] > state.best_iou
-        if improved:
-            state.best_iou, state.best_epoch = metrics["val/person_iou"], state.epoch
-            save_checkpoint(run.best, _checkpoint(config, state, metrics, resumable=False))
-        save_checkpoint(run.last, _checkpoint(config, state, metrics, resumable=True))
-        point_latest_at(run)
+        _save(config, run, state, metrics)
 
         row = {
             "epoch": state.epoch,
@@ -128,7 +119,7 @@ def fit(start: Start, log: RunLog) -> FitResult:
         write_curves(run.curves, history)
         samples = list(_sample_rows(state.model, start.val_source, config, autocast, device))
         write_samples(run.samples(state.epoch), samples)
-        log.line(_epoch_line(row, config.train.epochs, improved))
+        log.line(_epoch_line(row, config.train.epochs, state.best_epoch == state.epoch))
     for split, batches in (("training", train_set), ("validation", val_set)):
         if batches.damaged:
             first = min(batches.damaged)
@@ -205,6 +196,24 @@ def _train_epoch(
             on_step=on_step,
         )
     return _finite(loss, state.epoch)
+
+
+def _validate(
+    model: nn.Module, val_set: Batches, autocast: Autocast, device: torch.device
+) -> dict[str, float]:
+    """Metrics over the validation images by their log names."""
+    with progress_bar(total=val_set.num_images, desc="validating") as bar:
+        confusion = evaluate(model, val_set, device=device, autocast=autocast, on_batch=bar.update)
+    return {f"val/{key}": value for key, value in asdict(confusion.compute()).items()}
+
+
+def _save(config: Config, run: RunFolder, state: _State, metrics: dict[str, float]) -> None:
+    """Write last.pt, and best.pt where this epoch is the best so far."""
+    if metrics["val/person_iou"] > state.best_iou:
+        state.best_iou, state.best_epoch = metrics["val/person_iou"], state.epoch
+        save_checkpoint(run.best, _checkpoint(config, state, metrics, resumable=False))
+    save_checkpoint(run.last, _checkpoint(config, state, metrics, resumable=True))
+    point_latest_at(run)
 
 
 @contextmanager
