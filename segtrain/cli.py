@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,7 +15,6 @@ app = typer.Typer(
     name="segtrain",
     help="Train, judge and use person/background segmentation networks.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
@@ -83,11 +82,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a network; ends with a run folder that holds its checkpoints, numbers and pictures."""
-    _say_loading()
-    from segtrain.config import dump_yaml
-    from segtrain.training.fit import fit
-    from segtrain.training.logs import RunLog
-    from segtrain.training.start import prepare_start
+    from segtrain.config import dump_yaml, load_config
 
     flags: dict[str, Any] = {
         "model.name": model,
@@ -103,6 +98,12 @@ def train(
         "train.name": name,
         "train.seed": seed,
     }
+    load_config(config, flags=flags, sets=set_ or [])  # mistakes show before torch is imported
+    _say_loading()
+    from segtrain.training.fit import fit
+    from segtrain.training.logs import RunLog
+    from segtrain.training.start import prepare_start
+
     start = prepare_start(config, flags=flags, sets=set_ or [], resume=resume)
     log = RunLog(start.run.log)
     for note in start.notes:
@@ -122,11 +123,13 @@ def evaluate(
     checkpoint: CheckpointOption = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Root in COCO layout. Default: what the network was trained on."),
+        typer.Option(
+            help="Root in COCO layout. Default: $SEGTRAIN_DATA, else what it was trained on."
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="val or train.")] = "val",
+    split: Annotated[Literal["val", "train"], typer.Option(help="Which images.")] = "val",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
-    workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.  [auto]")] = None,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -142,7 +145,7 @@ def evaluate(
         data=data,
         split=split,
         batch_size=batch_size,
-        workers=workers,
+        workers="auto" if workers is None else workers,
         device_name=device,
         tell=_to_stderr,
     )
@@ -175,8 +178,7 @@ def predict(
     device: DeviceOption = "auto",
 ) -> None:
     """Cut people out of pictures: a mask and a cut-out each, at the picture's own size."""
-    _say_loading()
-    from segtrain.prediction.predict import plan_jobs, predict_all
+    from segtrain.prediction.jobs import plan_jobs
 
     kinds = ["mask", "cutout"]
     if background is not None:
@@ -184,6 +186,9 @@ def predict(
     if panel:
         kinds.append("panel")
     jobs = plan_jobs(images, output, kinds, overwrite=overwrite)
+    _say_loading()
+    from segtrain.prediction.predict import predict_all
+
     problems = predict_all(
         jobs,
         checkpoint,
@@ -221,10 +226,11 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line; every error becomes one line on stderr and its exit code."""
     debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"] or ["--help"]
     signal.signal(signal.SIGTERM, _end_on_sigterm)
     try:
         # typer turns Ctrl-C into the exit code it returns here.
-        code = int(app([a for a in arguments if a != "--debug"], standalone_mode=False) or 0)
+        code = int(app(arguments, standalone_mode=False) or 0)
         if code == _INTERRUPTED:
             _to_stderr("stopped by Ctrl-C; what was saved before stays")
         return code
@@ -242,11 +248,12 @@ def _explain(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, typer.TyperException):
         return f"{error.format_message()} See segtrain --help.", _USAGE
-    out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    if out_of_memory or "can't allocate memory" in str(error):
-        return "out of memory; try a smaller --batch-size or --image-size", _RESOURCE
+    # torch, cv2 and CUDA each have words of their own for it.
+    words = ("can't allocate memory", "out of memory", "insufficient memory")
+    if isinstance(error, MemoryError) or any(w in str(error).lower() for w in words):
+        return "out of memory; try a smaller --batch-size or smaller pictures", _RESOURCE
     if isinstance(error, OSError):
-        return f"{error}; free the disk or choose another folder", _RESOURCE
+        return f"{error}; check the space and the permissions there", _RESOURCE
     return f"{type(error).__name__}: {error}; this is a bug, --debug shows where", _BUG
 
 

@@ -41,7 +41,7 @@ class DataConfig:
 
     root: str | None = None
     """Folder in COCO layout; None takes $SEGTRAIN_DATA, else the drawn demo people."""
-    image_size: Annotated[int, Field(ge=32, le=4096)] = 224
+    image_size: Annotated[int, Field(ge=48, le=4096)] = 224
     """Side of the square training crops and short side of whole images in validation, pixels."""
     scale: tuple[float, float] = (1.0, 1.5)
     """Before the crop the short side becomes `image_size` times a factor from this range."""
@@ -120,8 +120,13 @@ SAFE_TO_CHANGE = frozenset(
     {
         "data.root",
         "data.workers",
+        # Set anew at every step: a diverged run goes on from its last epoch with a lower one.
+        "optim.lr",
+        "optim.lr_decay",
         "train.epochs",
         "train.device",
+        # A scaler that was not saved starts afresh.
+        "train.precision",
         "train.output",
         "train.name",
     }

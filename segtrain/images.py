@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from segtrain.errors import DataError
-from segtrain.files import atomic_write
+from segtrain.files import write_bytes
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -73,10 +73,19 @@ def read_image(path: Path, *, upright: bool = True, max_pixels: int = MAX_PIXELS
 
 
 def write_image(path: Path, pixels: Pixels, *, jpeg_quality: int = 92) -> None:
-    """Encode H W (gray), H W 3 (RGB) or H W 4 (RGBA) uint8 by the suffix of `path`, atomically.
+    """Encode as `encode_image` does and write atomically.
 
     Raises:
         ResourceError: the folder cannot be made or written, or the disk is full.
+        DataError: the picture is too long or wide for JPEG.
+    """
+    write_bytes(path, encode_image(pixels, path, jpeg_quality=jpeg_quality))
+
+
+def encode_image(pixels: Pixels, path: Path, *, jpeg_quality: int = 92) -> bytes:
+    """Encode H W (gray), H W 3 (RGB) or H W 4 (RGBA) uint8 by the suffix of `path`: .png or .jpg.
+
+    Raises:
         DataError: the picture is too long or wide for JPEG.
     """
     conversion = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
@@ -92,8 +101,7 @@ def write_image(path: Path, pixels: Pixels, *, jpeg_quality: int = 92) -> None:
     encoded, buffer = cv2.imencode(path.suffix, pixels, options)
     if not encoded:
         raise ValueError(f"cv2 cannot encode {path}")
-    with atomic_write(path) as file:
-        file.write(buffer.tobytes())
+    return buffer.tobytes()
 
 
 def resize_short_side(image: Pixels, short_side: int) -> Pixels:

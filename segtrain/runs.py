@@ -44,8 +44,13 @@ class RunFolder:
         return self.path / "samples" / f"epoch_{epoch:04d}.jpg"
 
 
-def create_run(output: Path, name: str | None, model_name: str) -> RunFolder:
-    """Make a new, empty run folder; without a name it is called after the model and the time.
+def create_run(
+    output: Path, name: str | None, model_name: str, *, begin_again: bool = False
+) -> RunFolder:
+    """Make a new run folder; without a name it is called after the model and the time.
+
+    Args:
+        begin_again: take an existing folder that was stopped before its first checkpoint.
 
     Raises:
         UsageError: the name is no folder name, or a run of that name exists: it is kept.
@@ -62,6 +67,8 @@ def create_run(output: Path, name: str | None, model_name: str) -> RunFolder:
             run.path.mkdir(parents=True)
             return run
         except FileExistsError:
+            if begin_again and run.path.is_dir() and not run.last.exists():
+                return run
             if given:
                 raise UsageError(
                     f"{run.path} exists already; continue it with --resume auto or choose "

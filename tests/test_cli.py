@@ -1,5 +1,6 @@
 """Errors as part of the product: one line, the right exit code, nothing lost."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -73,6 +74,14 @@ def test_what_a_user_can_cause_is_one_line_and_an_exit_code(
     assert not (tmp_path / "runs").exists(), "a wrong command leaves no run folder"
 
 
+def test_segtrain_alone_shows_the_help(segtrain: Command) -> None:
+    finished = segtrain()
+
+    assert finished.code == 0
+    assert "Usage" in finished.out
+    assert finished.err == ""
+
+
 def test_debug_shows_the_traceback(segtrain: Command) -> None:
     with pytest.raises(Exception, match="nope"):
         segtrain("eval", "--checkpoint", "nope.pt", "--debug")
@@ -105,6 +114,22 @@ def test_out_of_memory_says_what_to_do(
 
     assert finished.code == RESOURCE
     assert "--batch-size" in finished.error_lines[0]
+
+
+def test_a_worker_that_dies_during_a_step_is_no_bug_of_ours(
+    segtrain: Command, toy_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch tells by a signal: the error comes out of whatever the main process is doing."""
+
+    def interrupted_step(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 123) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("segtrain.training.fit.train_one_epoch", interrupted_step)
+
+    finished = segtrain("train", "--data", toy_coco, *TOY_TRAINING)
+
+    assert finished.code == RESOURCE
+    assert "--workers 0" in finished.error_lines[0]
 
 
 def test_an_existing_run_is_kept(segtrain: Command, toy_coco: Path, trained_run: Path) -> None:
@@ -176,4 +201,15 @@ def test_a_signal_ends_training_with_its_code_and_keeps_the_last_epoch(
     assert "Traceback" not in err
     assert last.exists()
     assert not list(last.parent.glob(".*.tmp"))
-    assert subprocess.run(["pgrep", "-s", str(process.pid)], check=False).returncode == 1, "orphans"
+    assert session_members(process.pid) == [], "orphans"
+
+
+def session_members(session: int) -> list[int]:
+    """Living processes of a session, read from /proc: slim images have no pgrep."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session_id, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(session_id) == session and state != "Z":
+                members.append(int(stat.parent.name))
+    return members

@@ -100,6 +100,17 @@ def test_a_picture_background_covers_and_keeps_its_middle(
     assert background[size[0] // 2, size[1] // 2].tolist() == [0, 255, 0]
 
 
+def test_an_endless_strip_as_background_takes_no_more_memory_than_the_photo(tmp_path: Path) -> None:
+    write_image(tmp_path / "strip.png", np.full((4, 20_000, 3), 9, dtype=np.uint8))
+    photo = np.zeros((1000, 800, 3), dtype=np.uint8)
+
+    # Scaled whole it would be 1000 x 5,000,000.
+    background = background_maker(str(tmp_path / "strip.png"))(photo)
+
+    assert background.shape == photo.shape
+    assert (background == 9).all()
+
+
 def test_a_picture_background_of_the_same_size_is_taken_as_it_is(tmp_path: Path) -> None:
     write_image(tmp_path / "b.png", IMAGE)
 

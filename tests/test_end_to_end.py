@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from coco_fixtures import make_toy_coco
 from conftest import TOY_TRAINING, Command
 from PIL import Image
 
@@ -215,15 +216,72 @@ def test_resume_auto_with_nothing_there_starts_afresh_and_says_so(
     assert "starting afresh" in finished.out
 
 
+def test_a_run_stopped_in_its_first_epoch_is_begun_again_by_the_same_command(
+    segtrain: Command, toy_coco: Path, tmp_path: Path
+) -> None:
+    command = ["train", "--data", str(toy_coco), "--epochs", "1", *TOY_TRAINING, "--name", "early"]
+    (tmp_path / "runs" / "early").mkdir(parents=True)
+
+    assert segtrain(*command).code == 2
+    assert segtrain(*command, "--resume", "auto").code == 0
+
+
+def test_a_lower_learning_rate_is_taken_on_resume_and_said(
+    segtrain: Command, toy_coco: Path
+) -> None:
+    """The way out of a diverged run."""
+    command = ["train", "--data", str(toy_coco), *TOY_TRAINING, "--name", "slower"]
+    segtrain(*command, "--epochs", "1")
+
+    resumed = segtrain(*command, "--epochs", "2", "--lr", "1e-4", "--resume", "auto")
+
+    assert resumed.code == 0
+    assert "changed from here on: optim.lr, train.epochs" in resumed.out
+    assert history(Path("runs/slower"))[-1]["lr"] < 1e-4
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    segtrain: Command, toy_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step of an epoch can ruin them after its loss was still finite."""
+    command = ["train", "--data", str(toy_coco), *TOY_TRAINING, "--name", "ruined"]
+    segtrain(*command, "--epochs", "1")
+    before = Path("runs/ruined/checkpoints/last.pt").read_bytes()
+
+    def ruin(model: torch.nn.Module, *args: Any) -> dict[str, float]:
+        next(model.parameters()).data[0] = torch.nan
+        return {"val/person_iou": 1.0}
+
+    monkeypatch.setattr("segtrain.training.fit._validate", ruin)
+    finished = segtrain(*command, "--epochs", "2", "--resume", "auto")
+
+    assert finished.code == 6
+    assert Path("runs/ruined/checkpoints/last.pt").read_bytes() == before
+
+
+def test_a_damaged_validation_picture_is_left_out_and_told_at_the_end(
+    segtrain: Command, tmp_path: Path
+) -> None:
+    root = make_toy_coco(tmp_path / "coco")
+    first = min((root / "val2017").iterdir())
+    first.write_bytes(first.read_bytes()[:50])
+
+    finished = segtrain("train", "--data", root, *TOY_TRAINING, "--epochs", "1")
+
+    assert finished.code == 0, finished.err
+    assert "warning: validation: 1 pictures left out" in finished.err
+    assert first.name in finished.err
+
+
 def test_resume_refuses_another_experiment_and_names_the_keys(
     segtrain: Command, trained_run: Path
 ) -> None:
     before = (trained_run / "checkpoints" / "last.pt").read_bytes()
 
-    finished = segtrain("train", "--resume", trained_run, "--lr", "0.5", "--model", "tiramisu")
+    finished = segtrain("train", "--resume", trained_run, "--seed", "5", "--model", "tiramisu")
 
     assert finished.code == 4
-    assert "optim.lr" in finished.error_lines[0]
+    assert "train.seed" in finished.error_lines[0]
     assert "model.name" in finished.error_lines[0]
     assert (trained_run / "checkpoints" / "last.pt").read_bytes() == before
 

@@ -7,7 +7,7 @@ import pytest
 
 from segtrain.errors import UsageError
 from segtrain.images import write_image
-from segtrain.prediction.predict import plan_jobs
+from segtrain.prediction.jobs import plan_jobs
 
 KINDS = ["mask", "cutout"]
 

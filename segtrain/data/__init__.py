@@ -40,9 +40,9 @@ def open_dataset(root: Path, split: str) -> Source:
 
 
 def named_data_root(given: str | None) -> tuple[Path, str] | None:
-    """The data folder the user named and by what: --data, else $SEGTRAIN_DATA, else None."""
+    """The data folder the user named and by what: `given`, else $SEGTRAIN_DATA, else None."""
     if given is not None:
-        return Path(given).expanduser().resolve(), "--data"
+        return Path(given).expanduser().resolve(), "--data or configuration"
     if environment := os.environ.get("SEGTRAIN_DATA"):
         return Path(environment).expanduser().resolve(), "$SEGTRAIN_DATA"
     return None

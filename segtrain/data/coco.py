@@ -89,9 +89,6 @@ class CocoPeople:
             )
         return Sample(image=image, mask=_draw(entry), image_id=str(entry.image_id))
 
-    def describe(self, index: int) -> str:
-        return str(self.image_dir / self._images[index].file_name)
-
     def _existing(self, images: list[_Image]) -> list[_Image]:
         """Leave out the pictures that are not there; many missing ones are an error."""
         if not self.image_dir.is_dir():

@@ -14,13 +14,29 @@ NUM_TRAIN, NUM_VAL = 512, 96
 
 
 def demo_people_root() -> Path:
-    """The embedded default data set; drawn into $SEGTRAIN_CACHE or the user's cache if new."""
+    """The embedded default data set; drawn into $SEGTRAIN_CACHE or the user's cache if new.
+
+    Raises:
+        ResourceError: the cache is full or not writable.
+    """
+    root = _cached_root()
+    if not root.is_dir():
+        try:
+            draw_demo_people(root, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=0)
+        except ResourceError as error:
+            raise ResourceError(f"{error}; $SEGTRAIN_CACHE names the cache") from error
+    return root
+
+
+def is_demo_root(root: Path) -> bool:
+    """Whether `root` is where the embedded default data set lies, drawn already or not."""
+    return root == _cached_root()
+
+
+def _cached_root() -> Path:
     cache = os.environ.get("SEGTRAIN_CACHE")
     folder = Path(cache) if cache else platformdirs.user_cache_path("segtrain")
-    root = folder.resolve() / f"demo-people-v{GENERATOR_VERSION}-{NUM_TRAIN}-{NUM_VAL}"
-    if not root.is_dir():
-        draw_demo_people(root, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=0)
-    return root
+    return folder.resolve() / f"demo-people-v{GENERATOR_VERSION}-{NUM_TRAIN}-{NUM_VAL}"
 
 
 def draw_demo_people(root: Path, *, num_train: int, num_val: int, seed: int) -> None:

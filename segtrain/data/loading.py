@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypedDict
 
 import cv2
@@ -110,6 +111,25 @@ class SameSizeBatches(Sampler[list[int]]):
         return len(self.batches)
 
 
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Make a ResourceError of the death or silence of a worker process.
+
+    torch tells of a dead worker by a signal, so wherever the main process is at that moment: put
+    this around whatever is done with the batches, too.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # torch says "Caught RuntimeError in DataLoader worker" of a bug in here.
+        if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
+            raise
+        raise ResourceError(
+            "a loader process died or hangs, perhaps for lack of memory or /dev/shm; "
+            "try --workers 0 or a smaller batch"
+        ) from error
+
+
 class Batches:
     """A loader that counts damaged pictures instead of ending at the first.
 
@@ -125,19 +145,11 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        try:
+        with worker_errors():
             for batch in self.loader:
                 self._count(batch["damaged"])
                 if batch["image_id"]:
                     yield batch
-        except RuntimeError as error:
-            # torch says "Caught RuntimeError in DataLoader worker" of a bug in here.
-            if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
-                raise
-            raise ResourceError(
-                "a loader process died or hangs, perhaps for lack of memory or /dev/shm; "
-                "try --workers 0 or a smaller batch"
-            ) from error
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation and the draws of the next pass over training images."""
@@ -185,9 +197,11 @@ def eval_batches(
 
 
 def resolve_workers(workers: int | Literal["auto"]) -> int:
-    """auto: a process for every second core, at most 8."""
+    """auto: a process for every second core that this process may use, at most 8."""
     if workers == "auto":
-        return min(8, max(1, (os.cpu_count() or 1) // 2))
+        # A container or a scheduler may give far fewer cores than the machine has.
+        usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        return min(8, max(1, len(usable(0)) // 2))
     return workers
 
 

@@ -41,7 +41,3 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample:
         """Raises DataError when this one picture is damaged."""
         ...
-
-    def describe(self, index: int) -> str:
-        """The file of a picture, for messages."""
-        ...

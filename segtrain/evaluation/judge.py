@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from segtrain.checkpoint import Checkpoint, load_checkpoint, restore_model
 from segtrain.data import named_data_root, open_dataset
-from segtrain.data.loading import eval_batches, resolve_workers
+from segtrain.data.loading import eval_batches, resolve_workers, worker_errors
 from segtrain.devices import autocast_for, describe_device, move_model, resolve_device
 from segtrain.errors import UsageError
 from segtrain.evaluation.evaluate import evaluate
@@ -16,7 +16,6 @@ from segtrain.progress import progress_bar
 from segtrain.runs import find_checkpoint
 
 JSON_VERSION = 1
-SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def judge(
     data: str | None,
     split: str,
     batch_size: int,
-    workers: int | None,
+    workers: int | Literal["auto"],
     device_name: str,
     tell: Callable[[str], object],
 ) -> Judgement:
@@ -58,14 +57,12 @@ def judge(
     Args:
         checkpoint: as in `segtrain.runs.find_checkpoint`.
         data: root of a data set; None takes $SEGTRAIN_DATA, else what the network was trained on.
-        workers: loader processes; None chooses.
+        workers: loader processes; "auto" chooses.
         tell: takes a line for the user.
 
     Raises:
         UserError: of any kind.
     """
-    if split not in SPLITS:
-        raise UsageError(f"--split {split!r} is unknown; use {' or '.join(SPLITS)}")
     device = resolve_device(device_name)
     path, chosen_by = find_checkpoint(checkpoint)
     loaded = load_checkpoint(path)
@@ -82,10 +79,10 @@ def judge(
         source,
         image_size=loaded.config.data.image_size,
         batch_size=batch_size,
-        workers=resolve_workers("auto" if workers is None else workers),
+        workers=resolve_workers(workers),
         pin_memory=device.type == "cuda",
     )
-    with progress_bar(total=len(source), desc="evaluating") as bar:
+    with progress_bar(total=len(source), desc="evaluating") as bar, worker_errors():
         confusion = evaluate(
             model,
             batches,

@@ -94,13 +94,13 @@ def _blurred(image: Pixels) -> Pixels:
 
 
 def _cover(picture: Pixels, height: int, width: int) -> Pixels:
-    """Scale until both sides are covered, keep the middle."""
+    """Keep the middle of the right shape and scale that: a long strip scaled whole fills memory."""
     scale = max(height / picture.shape[0], width / picture.shape[1])
-    size = (
-        max(width, round(picture.shape[1] * scale)),
-        max(height, round(picture.shape[0] * scale)),
-    )
+    rows = min(picture.shape[0], max(1, round(height / scale)))
+    columns = min(picture.shape[1], max(1, round(width / scale)))
+    top, left = (picture.shape[0] - rows) // 2, (picture.shape[1] - columns) // 2
+    middle = picture[top : top + rows, left : left + columns]
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    scaled = cv2.resize(picture, size, interpolation=interpolation)
-    top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
-    return np.ascontiguousarray(scaled[top : top + height, left : left + width], dtype=np.uint8)
+    return np.asarray(
+        cv2.resize(middle, (width, height), interpolation=interpolation), dtype=np.uint8
+    )

@@ -1,6 +1,5 @@
 """From a checkpoint and a picture to the probability of person at every pixel."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,29 +10,9 @@ from segtrain.checkpoint import load_checkpoint, restore_model
 from segtrain.devices import autocast_for, move_model
 from segtrain.images import resize_short_side
 from segtrain.models.inference import person_probs
-from segtrain.prediction.compose import make_cutout, make_mask
+from segtrain.prediction.outputs import Result
 
 Pixels = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What the network says about one picture.
-
-    image: H W 3 uint8 RGB, upright. probability: H W float32 in 0..1, of person.
-    """
-
-    image: Pixels
-    probability: npt.NDArray[np.float32]
-
-    @property
-    def mask(self) -> Pixels:
-        """H W uint8: 255 person, 0 background."""
-        return make_mask(self.probability)
-
-    def cutout(self) -> Pixels:
-        """H W 4 uint8 RGBA with soft edges."""
-        return make_cutout(self.image, self.probability)
 
 
 class Predictor:

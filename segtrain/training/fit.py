@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from segtrain.checkpoint import Checkpoint, restore_model, save_checkpoint
 from segtrain.config import Config
-from segtrain.data.loading import Batches, eval_batches, resolve_workers, train_batches
+from segtrain.data.loading import (
+    Batches,
+    eval_batches,
+    resolve_workers,
+    train_batches,
+    worker_errors,
+)
 from segtrain.data.sample import Source
 from segtrain.data.transforms import TrainTransform
 from segtrain.devices import (
@@ -25,7 +31,7 @@ from segtrain.devices import (
     resolve_device,
     resolve_precision,
 )
-from segtrain.errors import DivergedError
+from segtrain.errors import DataError, DivergedError
 from segtrain.evaluation.evaluate import evaluate
 from segtrain.images import resize_short_side
 from segtrain.models import build_model
@@ -55,6 +61,7 @@ class _State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    device: torch.device
     epoch: int = 0
     global_step: int = 0
     best_iou: float = -1.0
@@ -99,9 +106,10 @@ def fit(start: Start, log: RunLog) -> FitResult:
 
     while state.epoch < config.train.epochs:
         started = time.perf_counter()
-        loss = _train_epoch(config, state, train_set, autocast, device)
-        train_seconds = time.perf_counter() - started
-        metrics = _validate(state.model, val_set, autocast, device)
+        with worker_errors():
+            loss = _train_epoch(config, state, train_set, autocast, device)
+            train_seconds = time.perf_counter() - started
+            metrics = _validate(state.model, val_set, autocast, device)
         state.epoch += 1
         _save(config, run, state, metrics)
 
@@ -118,7 +126,8 @@ def fit(start: Start, log: RunLog) -> FitResult:
         write_history(run.metrics, history)
         write_curves(run.curves, history)
         samples = list(_sample_rows(state.model, start.val_source, config, autocast, device))
-        write_samples(run.samples(state.epoch), samples)
+        if samples:
+            write_samples(run.samples(state.epoch), samples)
         log.line(_epoch_line(row, config.train.epochs, state.best_epoch == state.epoch))
     for split, batches in (("training", train_set), ("validation", val_set)):
         if batches.damaged:
@@ -162,6 +171,7 @@ def _initial_state(
         model=model,
         optimizer=build_optimizer(model, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=use_scaler),
+        device=device,
     )
     if resumed is not None:
         training = resumed.training
@@ -208,7 +218,12 @@ def _validate(
 
 
 def _save(config: Config, run: RunFolder, state: _State, metrics: dict[str, float]) -> None:
-    """Write last.pt, and best.pt where this epoch is the best so far."""
+    """Write last.pt, and best.pt where this epoch is the best so far.
+
+    Raises DivergedError, and writes nothing, where the last step left no finite weights.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in state.model.state_dict().values()):
+        raise _diverged("a weight", state.epoch)
     if metrics["val/person_iou"] > state.best_iou:
         state.best_iou, state.best_epoch = metrics["val/person_iou"], state.epoch
         save_checkpoint(run.best, _checkpoint(config, state, metrics, resumable=False))
@@ -232,11 +247,15 @@ def _training_bar(config: Config, state: _State, num_images: int) -> Iterator[An
 def _finite(loss: Tensor, epoch: int) -> float:
     value = loss.item()
     if not math.isfinite(value):
-        raise DivergedError(
-            f"the loss became {value} in epoch {epoch + 1}; checkpoints of earlier epochs "
-            "are kept; try a lower --lr or --precision fp32"
-        )
+        raise _diverged("the loss", epoch + 1)
     return value
+
+
+def _diverged(what: str, epoch: int) -> DivergedError:
+    return DivergedError(
+        f"{what} became infinite or NaN in epoch {epoch}; earlier checkpoints are kept; "
+        "--resume with a lower --lr or --precision fp32"
+    )
 
 
 def _checkpoint(
@@ -247,7 +266,7 @@ def _checkpoint(
         training = {
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
-            "random": _random_states(),
+            "random": _random_states(state.device),
             "best_iou": state.best_iou,
             "best_epoch": state.best_epoch,
         }
@@ -261,11 +280,11 @@ def _checkpoint(
     )
 
 
-def _random_states() -> dict[str, Tensor]:
+def _random_states(device: torch.device) -> dict[str, Tensor]:
     """The states that dropout draws from; everything else is drawn from (seed, epoch, index)."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
@@ -280,7 +299,10 @@ def _sample_rows(
 ) -> Iterator[tuple[Any, Any, Any]]:
     """The same validation pictures every epoch: (image, mask, preds) at original resolution."""
     for index in np.linspace(0, len(source) - 1, min(_NUM_SAMPLES, len(source))).astype(int):
-        sample = source[int(index)]
+        try:
+            sample = source[int(index)]
+        except DataError:
+            continue  # validation has counted it
         image = resize_short_side(sample.image, config.data.image_size)
         batch = torch.from_numpy(image).permute(2, 0, 1)[None].to(device)
         height, width = sample.mask.shape

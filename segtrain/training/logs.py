@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from segtrain.classes import IGNORE, PERSON
 from segtrain.errors import CheckpointError
-from segtrain.files import atomic_write, write_text
+from segtrain.files import write_bytes, write_text
 from segtrain.images import write_image
 
 Pixels = npt.NDArray[np.uint8]
@@ -82,8 +82,7 @@ def write_curves(path: Path, history: Sequence[Row]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
-    with atomic_write(path) as file:
-        file.write(png.getvalue())
+    write_bytes(path, png.getvalue())
 
 
 def write_samples(path: Path, rows: Sequence[tuple[Pixels, Pixels, Pixels]]) -> None:
@@ -117,6 +116,7 @@ def _strip(image: Pixels, mask: Pixels, preds: Pixels) -> Pixels:
     for picture in (image, truth, preds * np.uint8(255)):
         colour = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
         width = max(1, round(_CELL_HEIGHT * image.shape[1] / image.shape[0]))
+        width = min(width, 4 * _CELL_HEIGHT)  # a long strip is shown squeezed
         cell = cv2.resize(colour, (width, _CELL_HEIGHT), interpolation=cv2.INTER_AREA)
         cells.append(np.pad(cell, ((0, 0), (0, _GAP), (0, 0)), constant_values=_PAPER))
     return np.concatenate(cells, axis=1).astype(np.uint8)

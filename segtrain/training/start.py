@@ -17,7 +17,7 @@ from segtrain.config import (
     tree_from_config,
 )
 from segtrain.data import named_data_root, open_dataset
-from segtrain.data.demo import demo_people_root
+from segtrain.data.demo import demo_people_root, is_demo_root
 from segtrain.data.sample import Source
 from segtrain.devices import resolve_device
 from segtrain.errors import CheckpointError
@@ -63,8 +63,10 @@ def prepare_start(
     resumed = None
     if last is not None:
         resumed = load_checkpoint(last)
-        asked = _continued_config(resumed, last, yaml_path, flags, sets)
+        asked, changed = _continued_config(resumed, last, yaml_path, flags, sets)
         notes.append(f"continuing {last} after epoch {resumed.epoch}")
+        if changed:
+            notes.append(f"changed from here on: {', '.join(changed)}")
     _check_possible(asked)
     config, data_note = _with_data_root(asked)
     notes.append(data_note)
@@ -74,7 +76,12 @@ def prepare_start(
     if last is not None:
         run = RunFolder(last.parent.parent)
     else:
-        run = create_run(Path(config.train.output), config.train.name, config.model.name)
+        run = create_run(
+            Path(config.train.output),
+            config.train.name,
+            config.model.name,
+            begin_again=resume == "auto",
+        )
     config = replace(config, train=replace(config.train, name=run.path.name))
     write_text(run.config, dump_yaml(config))
     return Start(config, run, train_source, val_source, resumed, notes)
@@ -93,24 +100,26 @@ def _continued_config(
     yaml_path: Path | None,
     flags: Mapping[str, Any],
     sets: Sequence[str],
-) -> Config:
-    """The run's own configuration with what the command line may safely change."""
+) -> tuple[Config, list[str]]:
+    """The run's own configuration with what the command line may safely change, and the changes."""
     if not resumed.training:
         raise CheckpointError(f"{last} cannot be resumed; give the run's last.pt")
     base = tree_from_config(resumed.config)
     config = load_config(yaml_path, base=base, flags=flags, sets=sets)
-    changed = [key for key in differing_keys(resumed.config, config) if key not in SAFE_TO_CHANGE]
-    if changed:
+    changed = differing_keys(resumed.config, config)
+    unsafe = [key for key in changed if key not in SAFE_TO_CHANGE]
+    if unsafe:
         raise CheckpointError(
-            f"{last} was trained with other values of {', '.join(changed)}; "
+            f"{last} was trained with other values of {', '.join(unsafe)}; "
             "drop these options or start a new run"
         )
-    return config
+    return config, changed
 
 
 def _with_data_root(config: Config) -> tuple[Config, str]:
     named = named_data_root(config.data.root)
-    if named is not None:
+    # The demo people of a resumed run may have been cleared from the cache: they are drawn anew.
+    if named is not None and not is_demo_root(named[0]):
         root, named_by = named
         note = f"data: {root} ({named_by})"
     else:
