@@ -153,6 +153,20 @@ def test_predict_goes_on_after_a_broken_picture_and_ends_with_3(
     assert not Path("predictions/broken_mask.png").exists()
 
 
+def test_a_picture_is_done_whole_or_not_at_all(
+    segtrain: Command, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one of its outputs is too wide for JPEG the others are not left behind."""
+    Image.new("RGB", (50, 40)).save(tmp_path / "p.png")
+    monkeypatch.setattr("segtrain.images._JPEG_LONGEST_SIDE", 100)
+
+    finished = segtrain("predict", "p.png", "--checkpoint", trained_run, "--panel")
+
+    assert finished.code == 3
+    assert "JPEG ends at 100" in finished.error_lines[0]
+    assert not Path("predictions").exists()
+
+
 def test_a_checkpoint_alone_is_enough_in_a_fresh_process(trained_run: Path, tmp_path: Path) -> None:
     shutil.copy(trained_run / "checkpoints" / "best.pt", tmp_path / "moved.pt")
     Image.new("RGB", (50, 40), "gray").save(tmp_path / "p.png")
