@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from segtrain.classes import CLASSES
 from segtrain.config import Config, config_from_tree, tree_from_config
-from segtrain.errors import CheckpointError, UsageError
+from segtrain.errors import CheckpointError, DivergedError, UsageError
 from segtrain.files import atomic_write
 from segtrain.models import build_model
 
@@ -67,6 +67,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
     Raises:
         ResourceError: the disk is full or not writable; what stood at `path` is untouched.
+        DivergedError: a weight or the optimizer's state is NaN or infinite; it would replace a
+            good file by one that loading refuses, so nothing is written.
     """
     content = {
         "format_version": FORMAT_VERSION,
@@ -75,6 +77,11 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "config": tree_from_config(checkpoint.config),
     }
     content = _plain(content)
+    if not _all_finite(content):
+        raise DivergedError(
+            f"the network or its optimizer became NaN or infinite, so {path} is kept as it was; "
+            "--resume with a lower --lr or --precision fp32"
+        )
     content["sha256"] = _digest(content)
     # Packed in memory first: torch turns the disk's own error into one of its archive.
     packed = io.BytesIO()
@@ -183,6 +190,14 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{type(value).__name__} does not belong in a checkpoint")
+
+
+def _all_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    if isinstance(value, dict | list):
+        return all(map(_all_finite, value.values() if isinstance(value, dict) else value))
+    return True
 
 
 def _check_pickle(data: bytes) -> None:

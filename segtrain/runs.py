@@ -133,11 +133,11 @@ def find_last(resume: str, output: Path, name: str | None) -> Path | None:
     if resume == "auto":
         last = RunFolder((output / (name or "latest")).resolve()).last
         return last if last.is_file() else None
-    path = Path(resume)
+    path = Path(resume).resolve()
     if path.is_dir():
-        path = RunFolder(path.resolve()).last
+        path = RunFolder(path).last
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}; --resume auto would start afresh")
     if path.parent.name != "checkpoints":
         raise CheckpointError(f"{path} is in no run folder; give the folder, e.g. runs/latest")
-    return path.resolve()
+    return path

@@ -28,7 +28,7 @@ from segtrain.checkpoint import (
     save_checkpoint,
 )
 from segtrain.config import Config, ModelConfig, OptimConfig
-from segtrain.errors import CheckpointError, ResourceError
+from segtrain.errors import CheckpointError, DivergedError, ResourceError
 from segtrain.models import build_model
 
 SLIM = {"base_channels": 2, "depth": 1}
@@ -474,8 +474,23 @@ def test_a_forged_checkpoint_is_refused(path: Path, changes: dict[str, Any]) -> 
 def test_numbers_that_are_none_are_refused(path: Path, place: str, bad: float) -> None:
     poisoned = torch.zeros(1000)
     poisoned[617] = bad
-    save_checkpoint(path, slim_checkpoint(**{place: {"a": [poisoned]}}))
+    save_signed(path, changed(**{place: {"a": [poisoned]}}))
     assert "NaN" in assert_refused(path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("place", ["weights", "training"])
+def test_numbers_that_are_none_never_replace_a_good_file(
+    path: Path, place: str, bad: float
+) -> None:
+    """RMSProp's mean square overflows while the weights are still finite."""
+    save_checkpoint(path, slim_checkpoint())
+    before = path.read_bytes()
+
+    with pytest.raises(DivergedError, match="--lr"):
+        save_checkpoint(path, slim_checkpoint(**{place: {"a": [torch.tensor([0.0, bad])]}}))
+
+    assert path.read_bytes() == before
 
 
 def test_weights_of_another_network_name_the_model_and_what_does_not_fit(path: Path) -> None:

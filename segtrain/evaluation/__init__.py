@@ -1,0 +1,1 @@
+"""Judging a network: counting, the loop, and `segtrain eval`."""

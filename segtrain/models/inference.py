@@ -6,6 +6,26 @@ from torch import Tensor, nn
 
 from segtrain.classes import PERSON
 from segtrain.devices import Autocast
+from segtrain.images import Pixels, resize_short_side
+
+
+def person_probs_of_picture(
+    model: nn.Module, picture: Pixels, short_side: int, device: torch.device, autocast: Autocast
+) -> Tensor:
+    """Probability of person for each pixel of one picture.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        picture: H W 3 uint8 RGB at its original resolution.
+        short_side: what the network sees is scaled to this, pixels.
+
+    Returns:
+        H W float32 in 0..1, on `device`.
+    """
+    scaled = resize_short_side(picture, short_side)
+    batch = torch.from_numpy(scaled).permute(2, 0, 1)[None].to(device)
+    height, width = picture.shape[:2]
+    return person_probs(model, batch, (height, width), autocast)[0]
 
 
 @torch.inference_mode()

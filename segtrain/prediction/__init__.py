@@ -1,0 +1,1 @@
+"""Using a network: pictures in, masks and cut-outs out."""

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from segtrain.errors import UsageError
-from segtrain.images import read_image
+from segtrain.images import Pixels, read_image
 
-Pixels = npt.NDArray[np.uint8]
 Probability = npt.NDArray[np.float32]
 MakeBackground = Callable[[Pixels], Pixels]
 

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from segtrain.images import Pixels
 from segtrain.prediction.compose import (
     MakeBackground,
     make_cutout,
@@ -14,8 +15,6 @@ from segtrain.prediction.compose import (
     make_panel,
     put_on_background,
 )
-
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from segtrain.checkpoint import load_checkpoint, restore_model
 from segtrain.devices import autocast_for, move_model
-from segtrain.images import resize_short_side
-from segtrain.models.inference import person_probs
+from segtrain.images import Pixels
+from segtrain.models.inference import person_probs_of_picture
 from segtrain.prediction.outputs import Result
-
-Pixels = npt.NDArray[np.uint8]
 
 
 class Predictor:
@@ -35,8 +31,7 @@ class Predictor:
 
     def __call__(self, image: Pixels) -> Result:
         """H W 3 uint8 RGB of any size → Result at the same size."""
-        scaled = resize_short_side(image, self.config.data.image_size)
-        batch = torch.from_numpy(scaled).permute(2, 0, 1)[None].to(self.device)
-        height, width = image.shape[:2]
-        probs = person_probs(self.model, batch, (height, width), autocast_for("fp32", self.device))
-        return Result(image=image, probability=probs[0].cpu().numpy())
+        short_side = self.config.data.image_size
+        autocast = autocast_for("fp32", self.device)
+        probs = person_probs_of_picture(self.model, image, short_side, self.device, autocast)
+        return Result(image=image, probability=probs.cpu().numpy())

@@ -33,9 +33,9 @@ from segtrain.devices import (
 )
 from segtrain.errors import DataError, DivergedError
 from segtrain.evaluation.evaluate import evaluate
-from segtrain.images import resize_short_side
+from segtrain.images import Pixels
 from segtrain.models import build_model
-from segtrain.models.inference import person_probs
+from segtrain.models.inference import person_probs_of_picture
 from segtrain.progress import progress_bar
 from segtrain.runs import RunFolder, point_latest_at
 from segtrain.training.engine import train_one_epoch
@@ -107,7 +107,7 @@ def fit(start: Start, log: RunLog) -> FitResult:
     while state.epoch < config.train.epochs:
         started = time.perf_counter()
         with worker_errors():
-            loss = _train_epoch(config, state, train_set, autocast, device)
+            loss = _train_epoch(config, state, train_set, autocast)
             train_seconds = time.perf_counter() - started
             metrics = _validate(state.model, val_set, autocast, device)
         state.epoch += 1
@@ -185,9 +185,7 @@ def _initial_state(
     return state
 
 
-def _train_epoch(
-    config: Config, state: _State, train_set: Batches, autocast: Autocast, device: torch.device
-) -> float:
+def _train_epoch(config: Config, state: _State, train_set: Batches, autocast: Autocast) -> float:
     """One epoch with its progress bar; returns the mean loss."""
     train_set.set_epoch(state.epoch)
     with _training_bar(config, state, train_set.num_images) as on_step:
@@ -198,7 +196,7 @@ def _train_epoch(
             optimizer=state.optimizer,
             scaler=state.scaler,
             autocast=autocast,
-            device=device,
+            device=state.device,
             learning_rate=lambda step: learning_rate(
                 config.optim, epoch=state.epoch, global_step=step
             ),
@@ -218,12 +216,7 @@ def _validate(
 
 
 def _save(config: Config, run: RunFolder, state: _State, metrics: dict[str, float]) -> None:
-    """Write last.pt, and best.pt where this epoch is the best so far.
-
-    Raises DivergedError, and writes nothing, where the last step left no finite weights.
-    """
-    if not all(bool(tensor.isfinite().all()) for tensor in state.model.state_dict().values()):
-        raise _diverged("a weight", state.epoch)
+    """Write last.pt, and best.pt where this epoch is the best so far."""
     if metrics["val/person_iou"] > state.best_iou:
         state.best_iou, state.best_epoch = metrics["val/person_iou"], state.epoch
         save_checkpoint(run.best, _checkpoint(config, state, metrics, resumable=False))
@@ -247,15 +240,11 @@ def _training_bar(config: Config, state: _State, num_images: int) -> Iterator[An
 def _finite(loss: Tensor, epoch: int) -> float:
     value = loss.item()
     if not math.isfinite(value):
-        raise _diverged("the loss", epoch + 1)
+        raise DivergedError(
+            f"the loss became {value} in epoch {epoch + 1}; earlier checkpoints are kept; "
+            "--resume with a lower --lr or --precision fp32"
+        )
     return value
-
-
-def _diverged(what: str, epoch: int) -> DivergedError:
-    return DivergedError(
-        f"{what} became infinite or NaN in epoch {epoch}; earlier checkpoints are kept; "
-        "--resume with a lower --lr or --precision fp32"
-    )
 
 
 def _checkpoint(
@@ -296,18 +285,16 @@ def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
 
 def _sample_rows(
     model: nn.Module, source: Source, config: Config, autocast: Autocast, device: torch.device
-) -> Iterator[tuple[Any, Any, Any]]:
+) -> Iterator[tuple[Pixels, Pixels, Pixels]]:
     """The same validation pictures every epoch: (image, mask, preds) at original resolution."""
     for index in np.linspace(0, len(source) - 1, min(_NUM_SAMPLES, len(source))).astype(int):
         try:
             sample = source[int(index)]
         except DataError:
             continue  # validation has counted it
-        image = resize_short_side(sample.image, config.data.image_size)
-        batch = torch.from_numpy(image).permute(2, 0, 1)[None].to(device)
-        height, width = sample.mask.shape
-        probs = person_probs(model, batch, (height, width), autocast)
-        yield sample.image, sample.mask, (probs[0] >= 0.5).to(torch.uint8).cpu().numpy()
+        short_side = config.data.image_size
+        probs = person_probs_of_picture(model, sample.image, short_side, device, autocast)
+        yield sample.image, sample.mask, (probs >= 0.5).to(torch.uint8).cpu().numpy()
 
 
 def _epoch_line(row: Row, num_epochs: int, improved: bool) -> str:

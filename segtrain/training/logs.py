@@ -9,14 +9,12 @@ from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from segtrain.classes import IGNORE, PERSON
 from segtrain.errors import CheckpointError
 from segtrain.files import write_bytes, write_text
-from segtrain.images import write_image
+from segtrain.images import Pixels, write_image
 
-Pixels = npt.NDArray[np.uint8]
 Row = dict[str, Any]
 
 _CELL_HEIGHT = 200
