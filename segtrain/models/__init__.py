@@ -12,11 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from segtrain.errors import UsageError
+from segtrain.models.encoder_unet import unet
 from segtrain.models.tiramisu import fc_densenet56, fc_densenet67, fc_densenet103
-from segtrain.models.unet import UNet
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "unet": UNet,
+    "unet": unet,
     "tiramisu": fc_densenet103,
     "fc_densenet103": fc_densenet103,
     "fc_densenet67": fc_densenet67,

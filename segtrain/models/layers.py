@@ -27,14 +27,53 @@ class Normalize(nn.Module):
         return (image.to(self.mean.dtype) - self.mean) / self.std
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+class Dropout(nn.Module):
+    """Plain dropout of single values (Srivastava et al. 2014), not of whole channels.
+
+    torch's own draws a number for each value and, on a CPU, takes as long as the convolution before
+    it. Sixteen bits are enough: the probability is `p` rounded to a multiple of 1/65536.
+
+    Args:
+        p: probability of a value to be dropped, 0 <= p < 1.
+    """
+
+    def __init__(self, p: float) -> None:
+        if not 0 <= p < 1:
+            raise ValueError("drop_rate must be at least 0 and below 1")
+        super().__init__()
+        self.p = p
+        self._threshold = round(p * 2**16)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Which values of `x`, N C H W, to keep: bool of its shape; None where all are kept."""
+        if not self.training or self._threshold == 0:
+            return None
+        n, c, h, w = x.shape
+        lots = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        lots.random_(-(2**63), None)
+        keep = lots.view(torch.int16)[: x.numel()] >= self._threshold - 2**15
+        return keep.view(n, h, w, c).permute(0, 3, 1, 2)
+
+    def masked(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """`x` with what was drawn dropped and the rest scaled up; its gradient the same way."""
+        return x if keep is None else x * keep * (2**16 / (2**16 - self._threshold))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N C H W of any float type → the same."""
+        return self.masked(x, self.draw(x))
+
+
+def pad_to_multiple(x: Tensor, multiple: int, *, at_least: int = 1) -> Tensor:
     """Grow H and W on the right and below to a multiple, repeating the edge.
 
     Repeating works from a single pixel on, where mirroring needs more than it pads, and shows the
     network no dark frame that it never saw in training.
     """
-    height, width = x.shape[-2:]
-    return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    height, width = (max(side + -side % multiple, at_least) for side in x.shape[-2:])
+    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
 
 
 def he_uniform_(module: nn.Module) -> None:

@@ -2,50 +2,13 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from segtrain.models.layers import Normalize, he_uniform_, pad_to_multiple
-
-
-class DenseLayer(nn.Module):
-    """BN, ReLU, 3x3 convolution, dropout (table 1 of the paper): C channels in, k new ones out.
-
-    Plain dropout on single values as in the paper, not on whole channels.
-    """
-
-    def __init__(self, in_channels: int, growth_rate: int, drop_rate: float) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(in_channels)
-        self.conv = nn.Conv2d(in_channels, growth_rate, 3, padding=1)
-        self.dropout = nn.Dropout(drop_rate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.conv(torch.relu(self.norm(x))))  # type: ignore[no-any-return]
-
-
-class DenseBlock(nn.Module):
-    """Layers that each see the block's input and all features made before (figure 2).
-
-    Returns only the new features, num_layers * growth_rate channels; where the paper hands the
-    input on as well, the network concatenates it.
-    """
-
-    def __init__(
-        self, in_channels: int, num_layers: int, growth_rate: int, drop_rate: float
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            DenseLayer(in_channels + i * growth_rate, growth_rate, drop_rate)
-            for i in range(num_layers)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        for layer in self.layers:
-            features.append(layer(torch.cat(features, dim=1)))
-        return torch.cat(features[1:], dim=1)
+from segtrain.models.dense_block import DenseBlock
+from segtrain.models.layers import Dropout, Normalize, he_uniform_, pad_to_multiple
 
 
 class TransitionDown(nn.Module):
@@ -55,7 +18,7 @@ class TransitionDown(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
         self.conv = nn.Conv2d(channels, channels, 1)
-        self.dropout = nn.Dropout(drop_rate)
+        self.dropout = Dropout(drop_rate)
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,6 +53,9 @@ class FCDenseNet(nn.Module):
         up_blocks: layers of each dense block on the way up, as many blocks as `down_blocks`.
         stem_channels: channels of the first 3x3 convolution.
         drop_rate: probability of dropout after every convolution of a layer or transition down.
+        memory_efficient: in training, make the dense blocks' BN and ReLU anew in the backward pass
+            instead of keeping their results: the same gradients from less than half the memory.
+            "auto" does so on a CPU, where it is no slower, and on a GPU that would fill up.
     """
 
     def __init__(
@@ -102,6 +68,7 @@ class FCDenseNet(nn.Module):
         up_blocks: Sequence[int] = (12, 10, 7, 5, 4),
         stem_channels: int = 48,
         drop_rate: float = 0.2,
+        memory_efficient: bool | Literal["auto"] = "auto",
     ) -> None:
         if len(down_blocks) != len(up_blocks) or not 1 <= len(down_blocks) <= 8:
             raise ValueError("down_blocks and up_blocks must be equally many, from 1 to 8")
@@ -110,9 +77,8 @@ class FCDenseNet(nn.Module):
         # A stranger's checkpoint names these numbers too, and every layer costs memory here.
         if sum((*down_blocks, bottleneck, *up_blocks)) > 1000:
             raise ValueError("more than 1000 layers are not supported")
-        if not 0 <= drop_rate < 1:
-            raise ValueError("drop_rate must be at least 0 and below 1")
         super().__init__()
+        self.memory_efficient = memory_efficient
         self.normalize = Normalize()
         self.stem = nn.Conv2d(3, stem_channels, 3, padding=1)
 
@@ -145,18 +111,43 @@ class FCDenseNet(nn.Module):
         height, width = image.shape[-2:]
         x = pad_to_multiple(self.normalize(image), 2 ** len(self.downs))
         x = self.stem(x)
+        if self.training:
+            self._choose_what_to_keep(x)
         skips = []
         for block, down in zip(self.down_blocks, self.downs, strict=True):
-            x = torch.cat([x, block(x)], dim=1)
+            x = block(x)
             skips.append(x)
             x = down(x)
-        new = self.bottleneck(x)
+        new = self.bottleneck(x)[:, self.bottleneck.in_channels :]
         for up, block in zip(self.ups, self.up_blocks, strict=True):
-            x = torch.cat([up(new), skips.pop()], dim=1)
-            new = block(x)
-        # Only the last block hands its input on beside its new features.
-        logits: Tensor = self.head(torch.cat([x, new], dim=1))
+            features = block(up(new), skips.pop())
+            new = features[:, block.in_channels :]
+        # Only the last block hands on its input, too.
+        logits: Tensor = self.head(features)
         return logits[..., :height, :width]
+
+    def _choose_what_to_keep(self, x: Tensor) -> None:
+        """Tell the dense blocks; `x` is what the first one gets."""
+        recompute = self.memory_efficient
+        if recompute == "auto":
+            recompute = x.device.type == "cpu" or (
+                x.device.type == "cuda"
+                and self._bytes_to_keep(x) > torch.cuda.mem_get_info(x.device)[0] / 2
+            )
+        for module in self.modules():
+            if isinstance(module, DenseBlock):
+                module.recompute = recompute
+
+    def _bytes_to_keep(self, x: Tensor) -> int:
+        """What the dense blocks' BN and ReLU leave for the backward pass."""
+        depth = len(self.downs)
+        blocks = [*self.down_blocks, self.bottleneck, *self.up_blocks]
+        values_a_pixel = 0.0
+        for i, block in enumerate(blocks):
+            level = min(i, 2 * depth - i)
+            values_a_pixel += sum(old.stop for old, _ in block.channels()) / 4**level
+        num_pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        return int(values_a_pixel * num_pixels * x.element_size())
 
 
 # The paper's three networks (table 3); any argument of FCDenseNet can still be given.
