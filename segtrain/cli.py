@@ -130,6 +130,13 @@ def evaluate(
     split: Annotated[Literal["val", "train"], typer.Option(help="Which images.")] = "val",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
     workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.  [auto]")] = None,
+    bn_eval: Annotated[
+        Literal["running", "batch", "recalibrate", "all"] | None,
+        typer.Option(
+            help="Statistics of batch norm; all shows what it makes.  [as trained]",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -147,6 +154,7 @@ def evaluate(
         batch_size=batch_size,
         workers="auto" if workers is None else workers,
         device_name=device,
+        bn_eval=bn_eval,
         tell=_to_stderr,
     )
     if as_json:
@@ -202,6 +210,30 @@ def predict(
         raise DataError(
             f"{len(problems)} of {len(jobs)} pictures could not be used, first: {problems[0]}"
         )
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
+) -> None:
+    """List the networks: parameters, multiply-adds, memory for training, pretrained weights."""
+    _say_loading()
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from segtrain.models.overview import cost_of, cost_table, variants
+    from segtrain.progress import progress_bar
+
+    costs = []
+    with progress_bar(total=len(list(variants())), desc="counting", unit="network") as bar:
+        for name, kwargs in variants():
+            costs.append(cost_of(name, **kwargs))
+            bar.update()
+    if as_json:
+        print(json.dumps([asdict(cost) for cost in costs], indent=2))
+    else:
+        Console().print(cost_table(costs))
 
 
 @app.command()

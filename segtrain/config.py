@@ -18,6 +18,7 @@ from segtrain.errors import UsageError
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+BnEval = Literal["running", "batch", "recalibrate"]
 Tree = dict[str, Any]
 
 
@@ -91,6 +92,11 @@ class TrainConfig:
     """Images an optimizer step (the Tiramisu paper takes 3 to 5); the last may be smaller."""
     precision: Precision = "auto"
     """auto: bf16 where the device computes it natively, else fp32."""
+    bn_eval: BnEval = "running"
+    """Batch norm outside training: running statistics, those of each picture itself (the Tiramisu
+    paper's way), or running ones measured anew on training images before every validation."""
+    freeze_encoder_epochs: Annotated[int, Field(ge=0)] = 0
+    """For so many epochs an encoder's weights and statistics stay as they are."""
     device: str = "auto"
     """auto: CUDA where there is one, else the CPU. A device named and absent is an error."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -127,6 +133,9 @@ SAFE_TO_CHANGE = frozenset(
         "train.device",
         # A scaler that was not saved starts afresh.
         "train.precision",
+        # The gradients are the same, bit for bit on a CPU.
+        "model.memory_efficient",
+        "train.bn_eval",
         "train.output",
         "train.name",
     }

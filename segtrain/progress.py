@@ -23,17 +23,17 @@ class _Lines:
         self._stream.flush()
 
 
-def progress_bar(*, total: int, desc: str) -> "tqdm[Any]":
+def progress_bar(*, total: int, desc: str, unit: str = "image") -> "tqdm[Any]":
     """A bar on stderr that goes away when done; where stderr is no terminal, a line now and then.
 
     Use it as a context manager and call `update(n)`.
     """
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=desc, unit="image", leave=False, dynamic_ncols=True)
+        return tqdm(total=total, desc=desc, unit=unit, leave=False, dynamic_ncols=True)
     return tqdm(
         total=total,
         desc=desc,
-        unit="image",
+        unit=unit,
         leave=False,
         ncols=0,
         # A short job should leave no line behind, a long one a line every so often.

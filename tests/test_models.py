@@ -27,15 +27,26 @@ SLIM: dict[str, dict[str, Any]] = {
     "fc_densenet67": SLIM_DENSE,
     "fc_densenet56": SLIM_DENSE,
 }
+# Arguments that make another network go through the same contract under a name of their own.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "unet valid": ("unet", {**SLIM["unet"], "padding": "valid", "norm": "none"}),
+    "unet valid bilinear": ("unet", {**SLIM["unet"], "padding": "valid", "up": "bilinear"}),
+    "unet group bilinear": ("unet", {**SLIM["unet"], "norm": "group", "up": "bilinear"}),
+    "unet resnet18": ("unet", {"encoder": "resnet18", "base_channels": 4}),
+    "unet alexnet bilinear": ("unet", {"encoder": "alexnet", "base_channels": 4, "up": "bilinear"}),
+    "tiramisu plain": ("tiramisu", {**SLIM_DENSE, "memory_efficient": False}),
+}
+NETWORKS = [*MODELS, *VARIANTS]
 ODD_SIZES = [(1, 1), (1, 7), (33, 47), (64, 48), (65, 31)]
 
-every_model = pytest.mark.parametrize("name", MODELS)
+every_model = pytest.mark.parametrize("name", NETWORKS)
 every_size = pytest.mark.parametrize("size", ODD_SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 
 
 def slim_model(name: str, num_classes: int = 2, **kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(name, num_classes, **SLIM.get(name, {}), **kwargs)
+    row, slim = VARIANTS.get(name, (name, SLIM.get(name, {})))
+    return build_model(row, num_classes, **slim, **kwargs)
 
 
 def trained_look(model: nn.Module) -> nn.Module:
@@ -106,8 +117,10 @@ def test_gradients_reach_every_parameter(name: str) -> None:
 @every_model
 def test_state_dict_carries_the_whole_network(name: str) -> None:
     model = trained_look(slim_model(name))
-    torch.manual_seed(99)
-    other = build_model(name, **SLIM.get(name, {})).eval()
+    other = slim_model(name).eval()
+    with torch.no_grad():
+        for value in [*other.parameters(), *other.buffers()]:
+            value.zero_()
     other.load_state_dict(model.state_dict())
     image = random_image(17, 23)
     with torch.inference_mode():
@@ -156,7 +169,7 @@ def test_a_picture_does_not_feel_its_neighbours_in_the_batch(name: str) -> None:
             assert_near(together[i], model(image[i : i + 1])[0])
 
 
-@every_model
+@pytest.mark.parametrize("name", [name for name in NETWORKS if "valid" not in name])
 def test_padding_repeats_the_edge_on_the_right_and_below(name: str) -> None:
     """31x63 padded by hand to 32x64, a multiple of every network's, has the same logits inside."""
     model = trained_look(slim_model(name))
@@ -165,6 +178,16 @@ def test_padding_repeats_the_edge_on_the_right_and_below(name: str) -> None:
     by_hand = torch.cat([by_hand, by_hand[:, :, -1:]], dim=2)
     with torch.inference_mode():
         assert_near(model(by_hand)[..., :31, :63], model(image))
+
+
+@every_model
+def test_it_can_be_exported(name: str) -> None:
+    """No Python that depends on data: the exported graph computes the same."""
+    model = trained_look(slim_model(name))
+    image = random_image(33, 47)
+    exported = torch.export.export(model, (image,)).module()
+    with torch.inference_mode():
+        assert_near(exported(image), model(image))
 
 
 @every_model

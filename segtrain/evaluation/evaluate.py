@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from segtrain.config import BnEval
 from segtrain.devices import Autocast
 from segtrain.evaluation.metrics import ConfusionMatrix
+from segtrain.models.batch_norm import evaluation_statistics
 from segtrain.models.inference import person_probs
 
 
@@ -17,6 +19,7 @@ def evaluate(
     *,
     device: torch.device,
     autocast: Autocast,
+    bn_eval: BnEval = "running",
     on_batch: Callable[[int], object] = lambda num_images: None,
 ) -> ConfusionMatrix:
     """Count every pixel of every picture once.
@@ -27,14 +30,15 @@ def evaluate(
     Args:
         model: put into evaluation mode here and left so.
         batches: mappings with "image" N 3 h w uint8 and "mask" N H W uint8 in {0, 1, 255}.
+        bn_eval: as in `segtrain.models.batch_norm.evaluation_statistics`.
         on_batch: called with the number of images after each batch.
     """
-    model.eval()
     confusion = ConfusionMatrix(device=device)
-    for batch in batches:
-        image = batch["image"].to(device, non_blocking=True)
-        mask = batch["mask"].to(device, non_blocking=True)
-        probs = person_probs(model, image, (mask.shape[1], mask.shape[2]), autocast)
-        confusion.update(probs >= 0.5, mask)
-        on_batch(len(image))
+    with evaluation_statistics(model, bn_eval):
+        for batch in batches:
+            image = batch["image"].to(device, non_blocking=True)
+            mask = batch["mask"].to(device, non_blocking=True)
+            probs = person_probs(model, image, (mask.shape[1], mask.shape[2]), autocast)
+            confusion.update(probs >= 0.5, mask)
+            on_batch(len(image))
     return confusion

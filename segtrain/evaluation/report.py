@@ -5,25 +5,30 @@ from rich.table import Table
 from segtrain.evaluation.judge import Judgement
 from segtrain.evaluation.metrics import EMPTY_RULE
 
+_LABELS = {
+    "person_iou": "[bold]person IoU (global)[/bold]",
+    "mean_iou": "mean IoU",
+    "dice": "Dice",
+    "pixel_accuracy": "pixel accuracy",
+}
+
 
 def metrics_table(judgement: Judgement) -> Table:
     """The headline first, and beside it what the trivial answers would have got."""
-    metrics = judgement.metrics
     table = Table(
         title=f"{judgement.split}: {judgement.num_images} images at original resolution",
         caption=EMPTY_RULE,
     )
     table.add_column("metric")
-    table.add_column("network", justify="right")
+    for bn_eval in judgement.metrics:
+        heading = "network" if len(judgement.metrics) == 1 else f"bn_eval {bn_eval}"
+        table.add_column(heading, justify="right")
     table.add_column("all person", justify="right")
     table.add_column("all background", justify="right")
-    table.add_row(
-        "[bold]person IoU (global)[/bold]",
-        f"[bold]{metrics.person_iou:.4f}[/bold]",
-        f"{metrics.all_person_iou:.4f}",
-        f"{metrics.all_background_iou:.4f}",
-    )
-    table.add_row("mean IoU", f"{metrics.mean_iou:.4f}")
-    table.add_row("Dice", f"{metrics.dice:.4f}")
-    table.add_row("pixel accuracy", f"{metrics.pixel_accuracy:.4f}")
+    trivial = next(iter(judgement.metrics.values()))
+    for key, label in _LABELS.items():
+        cells = [f"{getattr(metrics, key):.4f}" for metrics in judgement.metrics.values()]
+        if key == "person_iou":
+            cells += [f"{trivial.all_person_iou:.4f}", f"{trivial.all_background_iou:.4f}"]
+        table.add_row(label, *cells)
     return table

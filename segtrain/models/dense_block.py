@@ -75,7 +75,7 @@ class DenseBlock(nn.Module):
 
     def _grow(self, parts: list[Tensor]) -> Tensor:
         """For evaluation: by running statistics or, where the norms are in training mode, by those
-        of the batch; nothing is updated.
+        of the batch.
         """
         features = join(parts, self.out_channels)
         by_batch = self.layers[0].norm.training
@@ -89,6 +89,8 @@ class DenseBlock(nn.Module):
             features[:, new] = y
             if by_batch:
                 mean[new], var[new] = measure(y)
+        if by_batch and self.layers[0].norm.track_running_stats:
+            self._update_running_statistics(features, mean, var)
         return features
 
     def _grow_and_remember(self, parts: list[Tensor]) -> Tensor:
@@ -105,16 +107,19 @@ class DenseBlock(nn.Module):
             recompute=self.recompute,
         )
         features, mean, var = Growth.apply(plan, len(parts), *parts, *weights)
+        self._update_running_statistics(features, mean, var)
+        return features  # type: ignore[no-any-return]
+
+    def _update_running_statistics(self, features: Tensor, mean: Tensor, var: Tensor) -> None:
         num_values = features.numel() // self.out_channels
         unbiased = var * (num_values / max(num_values - 1, 1))
         for layer, (old, _) in zip(self.layers, self.channels(), strict=True):
-            _update_running_statistics(layer.norm, mean[old], unbiased[old])
-        return features  # type: ignore[no-any-return]
+            _update(layer.norm, mean[old], unbiased[old])
 
 
 @torch.no_grad()
-def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
-    """As torch's own batch norm does it in training."""
+def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
+    """Running statistics as torch's own batch norm updates them in training."""
     norm.num_batches_tracked += 1  # type: ignore[operator, assignment]
     share = norm.momentum
     if share is None:  # the mean over all batches so far

@@ -20,7 +20,7 @@ class EncoderUNet(nn.Module):
     Args:
         num_classes: channels of the logits.
         encoder: one of `segtrain.models.encoders.ENCODERS`.
-        pretrained: what `load_pretrained` loads; building alone reads and downloads nothing.
+        pretrained: what `read_pretrained` reads; building alone reads and downloads nothing.
         norm: what follows the decoder's 3x3 convolutions.
         up: how H and W are enlarged.
         base_channels: of the decoder at full resolution; every halving doubles them, up to 16-fold.

@@ -152,7 +152,7 @@ def _downloaded(name: EncoderName) -> Path:
             reason = getattr(error, "reason", error)
             raise ResourceError(
                 f"cannot download {weights.url} ({reason}); put that file into {path.parent} or "
-                "name it with model.pretrained=FILE"
+                "set model.pretrained=FILE"
             ) from error
     return path
 

@@ -30,10 +30,18 @@ def double_conv(
         if norm == "batch":
             layers.append(nn.BatchNorm2d(out_channels))
         elif norm == "group":
-            # Wu and He 2018 (arXiv 1803.08494) take 32 groups; a narrow level gets fewer.
-            layers.append(nn.GroupNorm(math.gcd(32, out_channels), out_channels))
+            layers.append(nn.GroupNorm(_num_groups(out_channels), out_channels))
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
+
+
+def _num_groups(channels: int) -> int:
+    """32 as in Wu and He 2018 (arXiv 1803.08494), fewer on a narrow level.
+
+    At least two channels a group, for one alone has no variance where H and W are 1.
+    """
+    num_groups = math.gcd(32, channels)
+    return num_groups // 2 if num_groups == channels > 1 else num_groups
 
 
 class BilinearUp(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from segtrain.checkpoint import load_checkpoint, restore_model
 from segtrain.devices import autocast_for, move_model
 from segtrain.images import Pixels
+from segtrain.models.batch_norm import evaluation_statistics
 from segtrain.models.inference import person_probs_of_picture
 from segtrain.prediction.outputs import Result
 
@@ -33,5 +34,6 @@ class Predictor:
         """H W 3 uint8 RGB of any size → Result at the same size."""
         short_side = self.config.data.image_size
         autocast = autocast_for("fp32", self.device)
-        probs = person_probs_of_picture(self.model, image, short_side, self.device, autocast)
+        with evaluation_statistics(self.model, self.config.train.bn_eval):
+            probs = person_probs_of_picture(self.model, image, short_side, self.device, autocast)
         return Result(image=image, probability=probs.cpu().numpy())

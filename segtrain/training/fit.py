@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from segtrain.checkpoint import Checkpoint, restore_model, save_checkpoint
-from segtrain.config import Config
+from segtrain.config import BnEval, Config
 from segtrain.data.loading import (
     Batches,
     eval_batches,
@@ -35,6 +35,12 @@ from segtrain.errors import DataError, DivergedError
 from segtrain.evaluation.evaluate import evaluate
 from segtrain.images import Pixels
 from segtrain.models import build_model
+from segtrain.models.batch_norm import (
+    NUM_TO_RECALIBRATE,
+    evaluation_statistics,
+    recalibrate,
+)
+from segtrain.models.encoder_unet import EncoderUNet
 from segtrain.models.inference import person_probs_of_picture
 from segtrain.progress import progress_bar
 from segtrain.runs import RunFolder, point_latest_at
@@ -88,6 +94,7 @@ def fit(start: Start, log: RunLog) -> FitResult:
             (DivergedError); checkpoints written before stay as they are.
     """
     config, run = start.config, start.run
+    bn_eval = config.train.bn_eval
     device = resolve_device(config.train.device)
     precision = resolve_precision(config.train.precision, device)
     autocast = autocast_for(precision, device)
@@ -109,7 +116,9 @@ def fit(start: Start, log: RunLog) -> FitResult:
         with worker_errors():
             loss = _train_epoch(config, state, train_set, autocast)
             train_seconds = time.perf_counter() - started
-            metrics = _validate(state.model, val_set, autocast, device)
+            if bn_eval == "recalibrate":
+                _recalibrate(state.model, train_set, autocast, device)
+            metrics = _validate(state.model, val_set, autocast, device, bn_eval)
         state.epoch += 1
         _save(config, run, state, metrics)
 
@@ -125,7 +134,8 @@ def fit(start: Start, log: RunLog) -> FitResult:
         history.append(row)
         write_history(run.metrics, history)
         write_curves(run.curves, history)
-        samples = list(_sample_rows(state.model, start.val_source, config, autocast, device))
+        with evaluation_statistics(state.model, bn_eval):
+            samples = list(_sample_rows(state.model, start.val_source, config, autocast, device))
         if samples:
             write_samples(run.samples(state.epoch), samples)
         log.line(_epoch_line(row, config.train.epochs, state.best_epoch == state.epoch))
@@ -151,7 +161,8 @@ def _batches(start: Start, device: torch.device) -> tuple[Batches, Batches]:
     val_set = eval_batches(
         start.val_source,
         image_size=config.data.image_size,
-        batch_size=config.train.batch_size,
+        # By its own statistics a picture is judged alone.
+        batch_size=1 if config.train.bn_eval == "batch" else config.train.batch_size,
         workers=workers,
         pin_memory=pin_memory,
     )
@@ -164,6 +175,8 @@ def _initial_state(
     torch.manual_seed(config.train.seed)
     if resumed is None:
         model = build_model(config.model.name, **config.model.kwargs)
+        if isinstance(model, EncoderUNet) and (weights := model.read_pretrained()):
+            model.encoder.load_state_dict(weights)
     else:
         model = restore_model(resumed, path)
     move_model(model, device)
@@ -188,6 +201,8 @@ def _initial_state(
 def _train_epoch(config: Config, state: _State, train_set: Batches, autocast: Autocast) -> float:
     """One epoch with its progress bar; returns the mean loss."""
     train_set.set_epoch(state.epoch)
+    if isinstance(state.model, EncoderUNet):
+        state.model.freeze_encoder(state.epoch < config.train.freeze_encoder_epochs)
     with _training_bar(config, state, train_set.num_images) as on_step:
         loss, state.global_step = train_one_epoch(
             state.model,
@@ -206,12 +221,28 @@ def _train_epoch(config: Config, state: _State, train_set: Batches, autocast: Au
     return _finite(loss, state.epoch)
 
 
+def _recalibrate(
+    model: nn.Module, train_set: Batches, autocast: Autocast, device: torch.device
+) -> None:
+    """Batch norm's running statistics measured anew; they are saved with the weights."""
+    total = min(NUM_TO_RECALIBRATE, train_set.num_images)
+    with progress_bar(total=total, desc="measuring") as bar:
+        recalibrate(model, train_set, device=device, autocast=autocast, on_batch=bar.update)
+
+
 def _validate(
-    model: nn.Module, val_set: Batches, autocast: Autocast, device: torch.device
+    model: nn.Module, val_set: Batches, autocast: Autocast, device: torch.device, bn_eval: BnEval
 ) -> dict[str, float]:
     """Metrics over the validation images by their log names."""
     with progress_bar(total=val_set.num_images, desc="validating") as bar:
-        confusion = evaluate(model, val_set, device=device, autocast=autocast, on_batch=bar.update)
+        confusion = evaluate(
+            model,
+            val_set,
+            device=device,
+            autocast=autocast,
+            bn_eval=bn_eval,
+            on_batch=bar.update,
+        )
     return {f"val/{key}": value for key, value in asdict(confusion.compute()).items()}
 
 

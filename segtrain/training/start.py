@@ -20,9 +20,10 @@ from segtrain.data import named_data_root, open_dataset
 from segtrain.data.demo import demo_people_root, is_demo_root
 from segtrain.data.sample import Source
 from segtrain.devices import resolve_device
-from segtrain.errors import CheckpointError
+from segtrain.errors import CheckpointError, UsageError
 from segtrain.files import write_text
 from segtrain.models import build_model
+from segtrain.models.encoder_unet import EncoderUNet
 from segtrain.runs import RunFolder, create_run, find_last
 
 
@@ -67,7 +68,7 @@ def prepare_start(
         notes.append(f"continuing {last} after epoch {resumed.epoch}")
         if changed:
             notes.append(f"changed from here on: {', '.join(changed)}")
-    _check_possible(asked)
+    _check_possible(asked, fresh=last is None)
     config, data_note = _with_data_root(asked)
     notes.append(data_note)
     train_source, val_source = (
@@ -87,11 +88,19 @@ def prepare_start(
     return Start(config, run, train_source, val_source, resumed, notes)
 
 
-def _check_possible(config: Config) -> None:
-    """Find a wrong device or network argument before anything is drawn or made."""
+def _check_possible(config: Config, *, fresh: bool) -> None:
+    """Find a wrong device, network argument or weights file before anything is drawn or made."""
     resolve_device(config.train.device)
     with torch.device("meta"):
-        build_model(config.model.name, **config.model.kwargs)
+        model = build_model(config.model.name, **config.model.kwargs)
+        if isinstance(model, EncoderUNet):
+            if fresh:
+                model.read_pretrained()
+        elif config.train.freeze_encoder_epochs:
+            raise UsageError(
+                "train.freeze_encoder_epochs needs a network with an encoder, e.g. "
+                "--set model.encoder=resnet34"
+            )
 
 
 def _continued_config(
