@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from segtrain.models.growth import Growth, Norm, Plan, join, measure, measure_parts, new_features
+from segtrain.models.growth import Growth, Plan, join, new_features, running_norm
 from segtrain.models.layers import Dropout
 
 
@@ -50,16 +50,18 @@ class DenseBlock(nn.Module):
 
         The input comes first, the new features of each layer behind it.
         """
-        # A compiler fuses the textbook's form itself, and gradients through running statistics are
-        # too rare a wish to be fast.
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not self.training):
+        by_batch = self.layers[0].norm.training
+        wants_grad = torch.is_grad_enabled()
+        # A compiler fuses the textbook's form itself, and training by running statistics is too
+        # rare a wish to be fast.
+        if torch.compiler.is_compiling() or (not by_batch and (wants_grad or self.training)):
             return self._as_in_the_paper(*parts)
         device_type = parts[0].device.type
         dtype = parts[0].dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            grow = self._grow_and_remember if self.training else self._grow
+            grow = self._grow_by_batch if by_batch else self._grow
             return grow([part.to(dtype) for part in parts])
 
     def channels(self) -> Iterator[tuple[slice, slice]]:
@@ -74,27 +76,15 @@ class DenseBlock(nn.Module):
         return features
 
     def _grow(self, parts: list[Tensor]) -> Tensor:
-        """For evaluation: by running statistics or, where the norms are in training mode, by those
-        of the batch.
-        """
+        """By running statistics, without dropout and gradients."""
         features = join(parts, self.out_channels)
-        by_batch = self.layers[0].norm.training
-        if by_batch:
-            mean, var = measure_parts(parts, self.out_channels)
         for layer, (old, new) in zip(self.layers, self.channels(), strict=True):
-            norm, conv = layer.norm, layer.conv
-            moments = (mean[old], var[old]) if by_batch else (norm.running_mean, norm.running_var)
-            affine = Norm(norm.weight, norm.bias, *moments, norm.eps)  # type: ignore[arg-type]
-            y = new_features(features[:, old], affine, conv.weight, conv.bias)  # type: ignore[arg-type]
+            y = new_features(features[:, old], running_norm(layer.norm), *layer.conv.parameters())
             features[:, new] = y
-            if by_batch:
-                mean[new], var[new] = measure(y)
-        if by_batch and self.layers[0].norm.track_running_stats:
-            self._update_running_statistics(features, mean, var)
         return features
 
-    def _grow_and_remember(self, parts: list[Tensor]) -> Tensor:
-        """For training: with a way back for the gradients; updates the running statistics."""
+    def _grow_by_batch(self, parts: list[Tensor]) -> Tensor:
+        """By statistics of the batch, with a way back for the gradients."""
         weights = [
             weight
             for layer in self.layers
@@ -104,22 +94,20 @@ class DenseBlock(nn.Module):
             channels=list(self.channels()),
             eps=self.layers[0].norm.eps,
             dropouts=[layer.dropout for layer in self.layers],
-            recompute=self.recompute,
+            recompute=self.recompute or not torch.is_grad_enabled(),
         )
         features, mean, var = Growth.apply(plan, len(parts), *parts, *weights)
-        self._update_running_statistics(features, mean, var)
-        return features  # type: ignore[no-any-return]
-
-    def _update_running_statistics(self, features: Tensor, mean: Tensor, var: Tensor) -> None:
         num_values = features.numel() // self.out_channels
         unbiased = var * (num_values / max(num_values - 1, 1))
         for layer, (old, _) in zip(self.layers, self.channels(), strict=True):
-            _update(layer.norm, mean[old], unbiased[old])
+            if layer.norm.track_running_stats:
+                _update_running_statistics(layer.norm, mean[old], unbiased[old])
+        return features  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
-    """Running statistics as torch's own batch norm updates them in training."""
+def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
+    """As torch's own batch norm does in training."""
     norm.num_batches_tracked += 1  # type: ignore[operator, assignment]
     share = norm.momentum
     if share is None:  # the mean over all batches so far

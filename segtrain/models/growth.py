@@ -6,12 +6,14 @@ live in one tensor that every layer reads from and writes its share into, and a 
 measured once, when it is made: all later layers see the same map, so the same mean and variance.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from segtrain.models.layers import Dropout
 
@@ -53,9 +55,10 @@ class Norm(NamedTuple):
     def scale(self) -> Tensor:
         return self.weight * self.rstd
 
-    @property
-    def shift(self) -> Tensor:
-        return self.bias - self.mean * self.scale
+    def relu(self, x: Tensor) -> Tensor:
+        """Batch norm and ReLU of contiguous N C H W, with the moments' precision inside."""
+        a = F.batch_norm(x, self.mean, self.var, self.weight, self.bias, eps=self.eps)
+        return a.relu_()
 
 
 class Growth(torch.autograd.Function):
@@ -76,30 +79,32 @@ class Growth(torch.autograd.Function):
         num_channels = plan.channels[-1][1].stop
         features = join(parts, num_channels)
         mean, var = measure_parts(parts, num_channels)
-        masks, activations = [], []
+        masks, kept = [], []
         for i, (old, new) in enumerate(plan.channels):
-            norm_weight, norm_bias, weight, bias = weights[4 * i : 4 * i + 4]
-            norm = Norm(norm_weight, norm_bias, mean[old], var[old], plan.eps)
-            a = None if plan.recompute else _room(features, old.stop)
-            y = new_features(features[:, old], norm, weight, bias, keep=a)
+            *norm_weights, weight, bias = weights[4 * i : 4 * i + 4]
+            norm = _norm_by(norm_weights, mean[old], var[old], plan.eps)
+            activations: list[Tensor] | None = None if plan.recompute else []
+            y = new_features(features[:, old], norm, weight, bias, keep=activations)
             mask = plan.dropouts[i].draw(y)
             y = plan.dropouts[i].masked(y, mask)
             features[:, new] = y
             mean[new], var[new] = measure(y)
             masks.append(mask)
-            activations.append(a)
+            kept.append(activations or [])
         ctx.plan, ctx.part_channels = plan, [part.shape[1] for part in parts]
-        ctx.save_for_backward(features, mean, var, *weights, *masks, *activations)
+        ctx.num_kept = [len(activations) for activations in kept]
+        ctx.save_for_backward(features, mean, var, *weights, *masks, *chain.from_iterable(kept))
         ctx.mark_non_differentiable(mean, var)
         return features, mean, var
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_features: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of what `forward` took."""
         plan: Plan = ctx.plan
         n = len(plan.channels)
         features, mean, var, *saved = ctx.saved_tensors
-        weights, masks, activations = saved[: 4 * n], saved[4 * n : 5 * n], saved[5 * n :]
+        weights, masks, kept = saved[: 4 * n], saved[4 * n : 5 * n], saved[5 * n :]
         # What comes in belongs to others; this copy goes on to collect the readers' shares.
         grad = grad_features.clone(memory_format=torch.channels_last)
         grad_mean, grad_var = torch.zeros_like(mean), torch.zeros_like(var)
@@ -110,11 +115,12 @@ class Growth(torch.autograd.Function):
 
         weight_grads: list[Tensor] = []
         for i, (old, new) in reversed(list(enumerate(plan.channels))):
-            norm_weight, norm_bias, weight, _ = weights[4 * i : 4 * i + 4]
-            norm = Norm(norm_weight, norm_bias, mean[old], var[old], plan.eps)
+            *norm_weights, weight, _ = weights[4 * i : 4 * i + 4]
+            norm = _norm_by(norm_weights, mean[old], var[old], plan.eps)
+            activations = [kept.pop() for _ in range(ctx.num_kept[i])][::-1]
             grad_y = plan.dropouts[i].masked(complete(new), masks[i])
             layer_grads = _backward_of_new_features(
-                grad_y, features[:, old], norm, weight, kept=activations[i], grad_x=grad[:, old]
+                grad_y, features[:, old], norm, weight, kept=activations, grad_x=grad[:, old]
             )
             weight_grads[:0] = layer_grads
             grad_norm_weight, grad_norm_bias = layer_grads[:2]
@@ -149,37 +155,53 @@ def measure_parts(
     return mean, var
 
 
+def running_norm(norm: nn.BatchNorm2d) -> Norm:
+    """Batch norm by its running statistics."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    return _norm_by([norm.weight, norm.bias], mean, var, norm.eps)
+
+
+def _norm_by(weights: Sequence[Tensor], mean: Tensor, var: Tensor, eps: float) -> Norm:
+    """Batch norm with a weight and a bias, in the precision of the moments."""
+    weight, bias = (vector.to(mean.dtype) for vector in weights)
+    return Norm(weight, bias, mean, var, eps)
+
+
 def new_features(
-    x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, *, keep: Tensor | None = None
+    x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, *, keep: list[Tensor] | None = None
 ) -> Tensor:
     """Batch norm, ReLU and 3x3 convolution of N C H W, as a rule a slice of a block's features.
 
     Args:
-        keep: takes the input of the convolution, N C H W; without it that is dropped.
+        keep: takes what goes into the convolution, portion by portion.
     """
-    scale, shift = _per_channel(norm.scale, x), _per_channel(norm.shift, x)
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     y = _room(x, weight.shape[0])
     for rows in _portions(x):
-        a = _room(x[rows], x.shape[1]) if keep is None else keep[rows]
-        torch.addcmul(shift, x[rows], scale, out=a).relu_()
+        a = norm.relu(_copy(x[rows]))
         y[rows] = F.conv2d(a, weight, bias, padding=1)
+        if keep is not None:
+            keep.append(a)
     return y
 
 
 def _backward_of_new_features(
-    grad_y: Tensor, x: Tensor, norm: Norm, weight: Tensor, *, kept: Tensor | None, grad_x: Tensor
+    grad_y: Tensor, x: Tensor, norm: Norm, weight: Tensor, *, kept: list[Tensor], grad_x: Tensor
 ) -> list[Tensor]:
     """Adds the share of x's values (not of its moments) to `grad_x`.
+
+    Args:
+        kept: what went into the convolution, portion by portion; made anew where it is empty.
 
     Returns:
         The gradients of the weights: batch norm's weight and bias, the convolution's.
     """
-    scale, shift = _per_channel(norm.scale, x), _per_channel(norm.shift, x)
     totals: list[Tensor] = []
-    for rows in _portions(x):
-        x_rows = _room(x[rows], x.shape[1]).copy_(x[rows])
-        a = torch.addcmul(shift, x_rows, scale).relu_() if kept is None else kept[rows]
+    for i, rows in enumerate(_portions(x)):
+        x_rows = _copy(x[rows])
+        a = kept[i] if kept else norm.relu(x_rows)
         grad_a, *conv_grads = _conv_backward(grad_y[rows], a, weight)
         _aten.threshold_backward.grad_input(grad_a, a, 0, grad_input=grad_a)
         # The sums over pixels of grad_a * (x - mean) * rstd and of grad_a.
@@ -187,7 +209,7 @@ def _backward_of_new_features(
             *(grad_a, x_rows, norm.weight, norm.mean, norm.var, None, None),
             *(False, norm.eps, [False, True, True]),
         )
-        grad_x[rows].addcmul_(grad_a, scale)
+        grad_x[rows].addcmul_(grad_a, _per_channel(norm.scale, grad_a))
         grads = [*norm_grads, *conv_grads]
         totals = [a + b for a, b in zip(totals, grads, strict=True)] if totals else grads
     return totals
@@ -219,6 +241,10 @@ def _room(x: Tensor, num_channels: int) -> Tensor:
     return x.new_empty(n, h, w, num_channels).permute(0, 3, 1, 2)
 
 
+def _copy(x: Tensor) -> Tensor:
+    return _room(x, x.shape[1]).copy_(x)
+
+
 def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
     return vector.to(x.dtype).view(1, -1, 1, 1)
 
@@ -231,5 +257,5 @@ def _portions(x: Tensor) -> Iterator[slice]:
     num_images = x.shape[0]
     step = num_images
     if x.device.type == "cpu":
-        step = max(1, _CACHE_BYTES // (x[0].numel() * x.element_size()))
+        step = max(1, _CACHE_BYTES // max(x[:1].numel() * x.element_size(), 1))
     return (slice(start, start + step) for start in range(0, num_images, step))

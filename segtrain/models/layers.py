@@ -42,7 +42,7 @@ class Dropout(nn.Module):
             raise ValueError("drop_rate must be at least 0 and below 1")
         super().__init__()
         self.p = p
-        self._threshold = round(p * 2**16)
+        self._threshold = min(round(p * 2**16), 2**16 - 1)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
