@@ -4,9 +4,9 @@
     python benchmarks/models.py --device cuda      # eager and compiled by block, bf16 and fp16
 
 The reference is FC-DenseNet103 as most ports have it: torch.cat before every layer, and BN, ReLU,
-convolution and dropout as modules. It gets our weights, the same precision, memory format, batch and
-process, and its logits are compared with ours before anything is timed. All variants run in turn,
-and medians are reported, so that a noisy machine hits all alike.
+convolution and dropout as modules. It gets our weights, the same precision, memory format, batch
+and process, and its logits are compared with ours before anything is timed. All variants run in
+turn, and medians are reported, so that a noisy machine hits all alike.
 """
 
 import argparse

@@ -54,7 +54,7 @@ def train(
         Path | None, typer.Option(help="YAML file of deltas from the defaults; see configs/.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="unet, tiramisu, fc_densenet103, -67 or -56.")
+        str | None, typer.Option(help="unet, tiramisu, ...: segtrain models lists them.")
     ] = None,
     data: Annotated[
         str | None,

@@ -192,3 +192,31 @@ def test_a_run_may_go_on_with_another_way_to_keep_memory(segtrain: Command, toy_
     theirs = weights_of(mixed)
     for key, value in weights_of(lean).items():
         assert torch.equal(value, theirs[key]), key
+
+
+def test_the_model_that_contributing_adds_trains_and_predicts(
+    segtrain: Command, toy_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One function and one row, taken from the page itself."""
+    import re
+
+    from torch import nn
+
+    from segtrain.models import MODELS
+    from segtrain.models.layers import Normalize, he_uniform_
+
+    page = Path(__file__).parents[1].joinpath("CONTRIBUTING.md").read_text(encoding="utf-8")
+    function, row = re.findall(r"```python\n(.*?)```", page.split("## Add a model")[1], re.DOTALL)[
+        :2
+    ]
+    scope = {"nn": nn, "Normalize": Normalize, "he_uniform_": he_uniform_}
+    exec(function, scope)  # our own page
+    for name, factory in eval(f"{{{row}}}", scope).items():
+        monkeypatch.setitem(MODELS, name, factory)
+
+    options = ("--model", "per_pixel", "--set", "model.hidden=5", *TOY_TRAINING[4:])
+    run = train(segtrain, toy_coco, *options, "--epochs", "1")
+    assert weights_of(run)["1.weight"].shape == (5, 3, 1, 1)
+    picture = next((toy_coco / "val2017").iterdir())
+    assert segtrain("predict", picture, "--checkpoint", run).code == 0
+    assert segtrain("train", "--resume", run, "--epochs", "2").code == 0

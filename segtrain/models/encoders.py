@@ -126,16 +126,24 @@ def read_pretrained(name: EncoderName, pretrained: Literal[True] | str) -> dict[
         CheckpointError: the file is missing, damaged, or not for this encoder.
     """
     path = _downloaded(name) if pretrained is True else Path(pretrained)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}; model.pretrained is true, false or a file")
     try:
+        if not path.is_file():
+            raise CheckpointError(
+                f"there is no file {path}; model.pretrained is true, false or a file"
+            )
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # damaged files raise anything
         raise CheckpointError(
             f"{path} is damaged or holds more than weights; nothing in it was run; get it anew"
         ) from error
     with torch.device("meta"):
         wanted = Encoder(name).state_dict()
+    if isinstance(found, dict):
+        # Older files, some of torchvision's among them, do not count batches; nothing needs it.
+        counts = {key: torch.tensor(0) for key in wanted if key.endswith("num_batches_tracked")}
+        found = counts | found
     _check_weights(found, wanted, path, name)
     return {key: found[key] for key in wanted}
 
@@ -162,8 +170,9 @@ def _check_weights(found: Any, wanted: Mapping[str, Tensor], path: Path, name: s
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no weights by name; give torchvision's file of {name}")
     for key, weight in wanted.items():
-        value = found.get(key)
-        if not isinstance(value, Tensor) or value.shape != weight.shape:
+        value: Any = found.get(key)
+        usable = isinstance(value, Tensor) and value.is_cpu and value.layout == torch.strided
+        if not usable or value.shape != weight.shape:
             raise CheckpointError(
                 f"{path} does not fit {name}: it has no {key} of shape {tuple(weight.shape)}; "
                 f"give torchvision's file of {name}"

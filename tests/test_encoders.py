@@ -1,0 +1,981 @@
+"""U-Net on torchvision's networks: the encoders against torchvision, the decoder against an oracle,
+and ImageNet's weights from files that may be anything.
+"""
+
+import builtins
+import copy
+import hashlib
+import io
+import itertools
+import math
+import os
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from email.message import Message
+from pathlib import Path
+from typing import Any, cast
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from test_models import random_image, trained_look
+from torch import Tensor, nn
+from torchvision.models import get_model, get_model_weights
+
+from segtrain.errors import CheckpointError, ResourceError, UsageError
+from segtrain.models import build_model
+from segtrain.models.encoder_unet import EncoderUNet
+from segtrain.models.encoders import ENCODERS, Encoder, EncoderName, read_pretrained
+from segtrain.models.layers import Normalize
+
+# By hand from the networks' papers and torchvision's source: the last module before H and W become
+# smaller, its channels, and its side on a picture of 224 x 224.
+FEATURES: dict[str, list[tuple[str, int, int]]] = {
+    **{
+        name: [
+            (f"features.{stage}", min(64 * 2**i, 512), 224 // 2**i)
+            for i, stage in enumerate(stages)
+        ]
+        for name, stages in {
+            "vgg16": (3, 8, 15, 22, 29, 30),
+            "vgg16_bn": (5, 12, 22, 32, 42, 43),
+            "vgg19": (3, 8, 17, 26, 35, 36),
+            "vgg19_bn": (5, 12, 25, 38, 51, 52),
+        }.items()
+    },
+    "alexnet": [
+        ("features.1", 64, 55),
+        ("features.4", 192, 27),
+        ("features.11", 256, 13),
+        ("features.12", 256, 6),
+    ],
+    **{
+        name: [
+            ("relu", 64, 112),
+            *((f"layer{i + 1}", wider * 64 * 2**i, 56 // 2**i) for i in range(4)),
+        ]
+        for name, wider in (("resnet18", 1), ("resnet34", 1), ("resnet50", 4))
+    },
+    "mobilenet_v3_large": [
+        ("features.1", 16, 112),
+        ("features.3", 24, 56),
+        ("features.6", 40, 28),
+        ("features.12", 112, 14),
+        ("features.16", 960, 7),
+    ],
+    "efficientnet_b0": [
+        ("features.1", 16, 112),
+        ("features.2", 24, 56),
+        ("features.3", 40, 28),
+        ("features.5", 112, 14),
+        ("features.8", 1280, 7),
+    ],
+    "convnext_tiny": [
+        ("features.1", 96, 56),
+        ("features.3", 192, 28),
+        ("features.5", 384, 14),
+        ("features.7", 768, 7),
+    ],
+}
+UPS = ("transposed", "bilinear")
+
+every_encoder = pytest.mark.parametrize("name", ENCODERS)
+every_up = pytest.mark.parametrize("up", UPS)
+
+
+def look_trained(model: nn.Module) -> nn.Module:
+    """Fill memory that holds anything with weights that let every layer's signal through."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if not value.is_floating_point():
+                value.zero_()
+            elif key.endswith("layer_scale"):  # freshly made it hides the block that it scales
+                value.uniform_(0.5, 1.5, generator=generator)
+            elif value.ndim > 1 and not key.startswith("normalize."):
+                std = math.sqrt(2 / value[0].numel())
+                value.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
+    return trained_look(model)
+
+
+def hollow_net(name: str) -> nn.Module:
+    """Torchvision's own network without memory for its weights."""
+    with torch.device("meta"):
+        return cast(nn.Module, get_model(name, weights=None).eval())
+
+
+def trunk_of(net: nn.Module) -> nn.Module:
+    """The same with weights, but without the classifier: a VGG's has over 100 million of them."""
+    net = copy.deepcopy(net)
+    setattr(net, "fc" if hasattr(net, "fc") else "classifier", nn.Identity())
+    return look_trained(net.to_empty(device="cpu"))
+
+
+def build(
+    name: str, num_classes: int = 2, *, trunk: nn.Module | None = None, **kwargs: Any
+) -> EncoderUNet:
+    """A network with uneven weights in evaluation mode, without ever making a classifier.
+
+    Args:
+        trunk: whose weights the encoder shares; else it has its own.
+    """
+    kwargs = {"base_channels": 2, **kwargs}
+    with torch.device("meta"):
+        model = build_model("unet", num_classes, encoder=name, **kwargs)
+    assert isinstance(model, EncoderUNet)
+    trunk = trunk_of(hollow_net(name)) if trunk is None else trunk
+    model.encoder.load_state_dict(trunk.state_dict(), assign=True)
+    for part in (model.ups, model.decoders, model.head):
+        look_trained(part.to_empty(device="cpu"))
+    model.normalize = Normalize()
+    return model.requires_grad_(True).eval()
+
+
+def features_by_hooks(net: nn.Module, name: str, x: Tensor) -> list[Tensor]:
+    """What comes out of torchvision's own modules, kept before anything may overwrite it."""
+    found: list[Tensor] = []
+    handles = [
+        net.get_submodule(key).register_forward_hook(lambda _, args, y: found.append(y.clone()))
+        for key, _, _ in FEATURES[name]
+    ]
+    net(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Such small pictures: threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_same(actual: Tensor, expected: Tensor, within: float = 1e-5) -> None:
+    """Equal but for rounding, on the scale of the values."""
+    assert expected.numel() == 1 or expected.std() > 0, "nothing to see"
+    atol = within * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def changed(model: nn.Module, before: Mapping[str, Tensor]) -> set[str]:
+    return {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+
+
+# --- The encoders against torchvision -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=ENCODERS)
+def name(request: pytest.FixtureRequest) -> str:
+    """One network after the other, so that no two are in memory at once."""
+    return cast(str, request.param)
+
+
+@pytest.fixture(scope="module")
+def net(name: str) -> nn.Module:
+    return hollow_net(name)
+
+
+@pytest.fixture(scope="module")
+def trunk(net: nn.Module) -> nn.Module:
+    return trunk_of(net)
+
+
+@pytest.fixture(scope="module")
+def encoder(name: str, trunk: nn.Module) -> Encoder:
+    """With the trunk's weights, found by torchvision's names."""
+    with torch.device("meta"):
+        encoder = Encoder(cast(EncoderName, name))
+    encoder.load_state_dict(trunk.state_dict(), assign=True)
+    return encoder.eval()
+
+
+def test_every_encoder_is_in_the_table() -> None:
+    assert set(FEATURES) == set(ENCODERS)
+
+
+def test_the_weights_have_torchvisions_names_and_shapes(net: nn.Module, encoder: Encoder) -> None:
+    ours, theirs = encoder.state_dict(), net.state_dict()
+    wanted = {
+        key: value.shape
+        for key, value in theirs.items()
+        if not key.startswith(("classifier.", "fc."))
+    }
+    assert {key: value.shape for key, value in ours.items()} == wanted
+    assert list(ours) == list(wanted)
+    assert len(wanted) < len(theirs)
+
+
+@pytest.mark.parametrize("side", [64, 224])
+def test_outputs_are_found_where_torchvisions_pictures_shrink(
+    name: str, net: nn.Module, encoder: Encoder, side: int
+) -> None:
+    """Of an untouched network of torchvision, classifier and all."""
+    outputs = encoder.outputs
+    features = features_by_hooks(net, name, torch.empty(1, 3, side, side, device="meta"))
+    assert [output.channels for output in outputs] == [feature.shape[1] for feature in features]
+    if side == 224:
+        known = [(channels, side, side) for _, channels, side in FEATURES[name]]
+        assert [feature.shape[1:] for feature in features] == known
+    levels = [output.level for output in outputs]
+    assert levels == sorted(set(levels)), "strictly growing"
+    for level, feature in zip(levels, features, strict=True):
+        if name != "alexnet":
+            assert feature.shape[2:] == (side // 2**level, side // 2**level)
+    stages = [output.stage for output in outputs]
+    assert stages == sorted(set(stages))
+
+
+def test_levels_of_an_odd_stride_are_the_nearest() -> None:
+    with torch.device("meta"):
+        encoder = Encoder("alexnet")
+    assert [output.level for output in encoder.outputs] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (97, 70)], ids=str)
+def test_features_are_those_of_torchvisions_own_modules(
+    name: str, trunk: nn.Module, encoder: Encoder, size: tuple[int, int]
+) -> None:
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(8))
+    with torch.inference_mode():
+        before = x.clone()
+        features = encoder(x)
+        assert torch.equal(x, before)
+        expected = features_by_hooks(trunk, name, x)
+    assert len(features) == len(expected)
+    for actual, wanted in zip(features, expected, strict=True):
+        assert_same(actual, wanted)
+
+
+def test_the_last_features_are_those_of_the_whole_trunk(
+    name: str, trunk: nn.Module, encoder: Encoder
+) -> None:
+    x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(9))
+    with torch.inference_mode():
+        if name.startswith("resnet"):
+            y = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
+            expected = trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(y))))
+        else:
+            expected = trunk.features(x)
+        assert_same(encoder(x)[-1], expected)
+
+
+def test_the_smallest_picture_goes_through_and_a_smaller_one_does_not(
+    name: str, trunk: nn.Module, encoder: Encoder
+) -> None:
+    with torch.inference_mode():
+        assert min(encoder(torch.zeros(1, 3, encoder.min_size, encoder.min_size))[-1].shape) >= 1
+        assert encoder.min_size % 2 ** encoder.outputs[-1].level == 0
+        if encoder.min_size > 2 ** encoder.outputs[-1].level:
+            with pytest.raises(RuntimeError):
+                trunk(torch.zeros(1, 3, encoder.min_size // 2, encoder.min_size // 2))
+
+
+@every_up
+def test_logits_are_finite_and_of_the_input_size(name: str, trunk: nn.Module, up: str) -> None:
+    model = build(name, 3, up=up, trunk=trunk)
+    with torch.inference_mode():
+        for size in ((1, 1), (33, 70), (5, 2)):
+            logits = model(random_image(*size))
+            assert logits.shape == (2, 3, *size)
+            assert logits.dtype == torch.float32
+            assert logits.isfinite().all()
+            assert logits.std() > 1e-3
+
+
+# --- The decoder once more ----------------------------------------------------------------------
+
+
+def resizing(old: int, new: int) -> Tensor:
+    """Bilinear as a matrix: pixels are areas, and beyond the outermost centres nothing changes."""
+    matrix = torch.zeros(new, old, dtype=torch.float64)
+    for i in range(new):
+        place = min(max((i + 0.5) * old / new - 0.5, 0), old - 1)
+        before = min(int(place), old - 1)
+        matrix[i, before] += 1 - (place - before)
+        matrix[i, min(before + 1, old - 1)] += place - before
+    return matrix
+
+
+def resized(x: Tensor, height: int, width: int) -> Tensor:
+    across, down = resizing(x.shape[3], width), resizing(x.shape[2], height)
+    return torch.einsum("yh,nchw,xw->ncyx", down, x, across)
+
+
+def conv_oracle(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A sum over the kernel's pixels of the picture in a dark frame, shifted by as much."""
+    size = weight.shape[-1]
+    pad = size // 2
+    height, width = x.shape[-2:]
+    x = torch.from_numpy(np.pad(x.numpy(), [(0, 0), (0, 0), (pad, pad), (pad, pad)]))
+    y = torch.zeros(len(x), len(weight), height, width, dtype=x.dtype)
+    for i, j in itertools.product(range(size), repeat=2):
+        seen = x[:, :, i : i + height, j : j + width]
+        y += torch.einsum("nchw,oc->nohw", seen, weight[:, :, i, j])
+    return y if bias is None else y + bias.view(1, -1, 1, 1)
+
+
+def decoder_oracle(
+    state: Mapping[str, Tensor],
+    features: list[Tensor],
+    levels: list[int],
+    *,
+    norm: str,
+    up: str,
+) -> Tensor:
+    """From the coarsest features up, each joined with the next finer ones, skip first.
+
+    Args:
+        levels: how often each of the features was halved.
+    """
+
+    def two_convs(x: Tensor, key: str) -> Tensor:
+        for conv in (0, 2) if norm == "none" else (0, 3):
+            x = conv_oracle(x, state[f"{key}.{conv}.weight"], state.get(f"{key}.{conv}.bias"))
+            if norm == "batch":
+                mean, var, weight, bias = (
+                    state[f"{key}.{conv + 1}.{part}"].view(1, -1, 1, 1)
+                    for part in ("running_mean", "running_var", "weight", "bias")
+                )
+                x = (x - mean) / (var + 1e-5).sqrt() * weight + bias
+            x = x * (x > 0)
+        return x
+
+    *skips, x = features
+    for step, skip in enumerate(reversed(skips)):
+        scale = 2 ** (levels[-1 - step] - levels[-2 - step])
+        if up == "transposed":  # each pixel is painted as a square
+            weight, bias = state[f"ups.{step}.weight"], state[f"ups.{step}.bias"]
+            assert weight.shape[2:] == (scale, scale)
+            painted = torch.einsum("nchw,coij->nohiwj", x, weight).flatten(4, 5).flatten(2, 3)
+            x = painted + bias.view(1, -1, 1, 1)
+        else:
+            x = resized(x, scale * x.shape[2], scale * x.shape[3])
+            x = conv_oracle(x, state[f"ups.{step}.conv.weight"], state[f"ups.{step}.conv.bias"])
+        x = resized(x, *skip.shape[-2:])  # after an odd stride by a pixel or a few
+        x = two_convs(torch.cat([skip, x], 1), f"decoders.{step}")
+    return conv_oracle(x, state["head.weight"], state["head.bias"])
+
+
+def padded_picture(image: Tensor, multiple: int, at_least: int) -> Tensor:
+    """Normalised, in float64, the edge repeated on the right and below."""
+    mean = torch.tensor([123.675, 116.28, 103.53]).double().view(1, 3, 1, 1)
+    std = torch.tensor([58.395, 57.12, 57.375]).double().view(1, 3, 1, 1)
+    sides = [max(math.ceil(side / multiple) * multiple, at_least) for side in image.shape[-2:]]
+    beyond = [(0, new - old) for new, old in zip(sides, image.shape[-2:], strict=True)]
+    x = ((image.double() - mean) / std).numpy()
+    return torch.from_numpy(np.pad(x, [(0, 0), (0, 0), *beyond], mode="edge"))
+
+
+@pytest.fixture(scope="module", params=["resnet18", "vgg16", "alexnet"])
+def exact(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
+    """A trunk of torchvision's in float64."""
+    return request.param, trunk_of(hollow_net(request.param)).double()
+
+
+@every_up
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_the_whole_network_is_torchvisions_features_and_a_unets_decoder(
+    exact: tuple[str, nn.Module], up: str, norm: str
+) -> None:
+    name, trunk = exact
+    model = build(name, 3, up=up, norm=norm, trunk=trunk).double()
+    levels = [round(math.log2(224 / side)) for _, _, side in FEATURES[name]]
+    for size in ((1, 1), (20, 70 if name == "alexnet" else 40)):
+        image = random_image(*size)
+        x = padded_picture(image, 32, 64 if name == "alexnet" else 32)
+        with torch.inference_mode():
+            features = features_by_hooks(trunk, name, x)
+            if levels[0] > 0:  # no features at full resolution: the picture itself
+                skips, skip_levels = [x, *features], [0, *levels]
+            else:
+                skips, skip_levels = features, levels
+            expected = decoder_oracle(model.state_dict(), skips, skip_levels, norm=norm, up=up)
+            assert expected.shape[-2:] == x.shape[-2:]
+            actual = model(image)
+        assert_same(actual, expected[:, :, : size[0], : size[1]], within=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        # Of the decoders, from the coarsest: base_channels * 2**level, from level 4 on no more.
+        ("vgg16", [16, 8, 4, 2, 1]),
+        ("resnet18", [16, 8, 4, 2, 1]),
+        ("convnext_tiny", [16, 8, 4, 1]),
+        ("alexnet", [16, 8, 4, 1]),
+    ],
+)
+def test_the_decoder_is_as_wide_as_documented(name: str, widths: list[int]) -> None:
+    with torch.device("meta"):
+        model = build_model("unet", encoder=name, base_channels=3)
+    assert [decoder[0].out_channels for decoder in model.decoders] == [3 * w for w in widths]
+    with torch.device("meta"):
+        model = build_model("unet", encoder=name)
+    assert [decoder[0].out_channels for decoder in model.decoders] == [16 * w for w in widths]
+
+
+def test_vgg16_with_a_full_decoder_is_16_fold_at_its_widest() -> None:
+    with torch.device("meta"):
+        model = build_model("unet", encoder="vgg16_bn", base_channels=4)
+    ups = [up.weight.shape[:2] for up in model.ups]
+    assert ups == [(512, 64), (64, 32), (32, 16), (16, 8), (8, 4)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "alexnet"])
+def test_an_exported_network_gives_the_same_logits(name: str) -> None:
+    model = build(name)
+    image = random_image(40, 70, num=1)
+    with torch.inference_mode():
+        expected = model(image)
+    with torch.no_grad():
+        exported = torch.export.export(model, (image,)).module()
+        assert_same(exported(image), expected)
+        other = random_image(40, 70, num=1, seed=3)
+        assert_same(exported(other), model(other))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_large", "alexnet"])
+def test_fresh_convolutions_are_he_uniform_with_zero_biases(name: str) -> None:
+    """The encoder's too, the decoder's beyond doubt: built as users do, on the CPU."""
+    torch.manual_seed(3)
+    model = build_model("unet", encoder=name)
+    convs = {
+        key: module
+        for key, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+    }
+    assert {key.split(".")[0] for key in convs} == {"encoder", "ups", "decoders", "head"}
+    for key, conv in convs.items():
+        ins = conv.out_channels if isinstance(conv, nn.ConvTranspose2d) else conv.in_channels
+        bound = math.sqrt(6 / (ins // conv.groups * math.prod(conv.kernel_size)))
+        num = conv.weight.numel()
+        # P(no value of num lies above the share 1 - 20/num of the bound) = e^-20.
+        assert bound * (1 - 20 / num) < conv.weight.abs().max() <= bound * (1 + 1e-6), key
+        assert conv.bias is None or not conv.bias.any(), key
+
+
+class Sieve(nn.Module):
+    """Stands in for dropout and remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return torch.zeros_like(x)
+
+
+def test_dropout_falls_on_the_coarsest_features_only() -> None:
+    model = build("resnet18", drop_rate=0.5)
+    image = random_image(64, 64)
+    with torch.inference_mode():
+        coarsest = model.encoder(model.normalize(image))[-1]
+        without = build("resnet18")
+        assert torch.equal(model(image), without(image))
+        model.dropout.train()
+        assert not torch.equal(model(image), model(image))
+
+        model.dropout = Sieve()
+        dropped = model(image)
+        assert len(model.dropout.seen) == 1
+        assert_same(model.dropout.seen[0], coarsest)
+        assert not torch.allclose(dropped, without(image))
+
+
+def test_gradients_reach_every_parameter() -> None:
+    model = build("alexnet").train()
+    model(random_image(70, 40)).square().mean().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.grad.abs().sum() > 0, key
+
+
+# --- Weights from files -------------------------------------------------------------------------
+
+
+class RunsCode:
+    """A pickle that does something when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.path,)
+
+
+SMALLEST: EncoderName = "alexnet"
+WITH_NORMS: EncoderName = "mobilenet_v3_large"
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    """The smallest encoder's, by torchvision's names, and a bit of a classifier."""
+    state = trunk_of(hollow_net(SMALLEST)).state_dict()
+    return {**state, "classifier.6.bias": torch.zeros(1000)}
+
+
+@pytest.fixture(scope="module")
+def weights_bytes(weights: dict[str, Tensor]) -> bytes:
+    stream = io.BytesIO()
+    torch.save(weights, stream)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def weights_file(weights_bytes: bytes, tmp_path: Path) -> Path:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(weights_bytes)
+    return path
+
+
+@pytest.fixture
+def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Torch's cache, empty; returns the folder of its weights, which is not made yet."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_requests(monkeypatch, AssertionError("the network was asked"))
+
+
+def answer_requests(monkeypatch: pytest.MonkeyPatch, answer: Exception | bytes) -> list[str]:
+    """Whoever asks for a URL gets this; returns the URLs asked for."""
+    asked: list[str] = []
+
+    def urlopen(request: urllib.request.Request | str, *args: Any, **kwargs: Any) -> Any:
+        asked.append(request if isinstance(request, str) else request.full_url)
+        if isinstance(answer, Exception):
+            raise answer
+        return Response(answer)
+
+    for module in (urllib.request, torch.hub):
+        monkeypatch.setattr(module, "urlopen", urlopen)
+    return asked
+
+
+class Response(io.BytesIO):
+    """What urlopen returns, as far as torch looks at it."""
+
+    def info(self) -> Message:
+        message = Message()
+        message["Content-Length"] = str(len(self.getvalue()))
+        return message
+
+
+def default_url(name: str) -> str:
+    return str(get_model_weights(name).DEFAULT.url)
+
+
+def save(content: Any, path: Path, **kwargs: Any) -> Path:
+    torch.save(content, path, **kwargs)
+    return path
+
+
+def assert_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Bit for bit; `wanted` may hold a classifier beside."""
+    assert found.keys() == {key for key in wanted if not key.startswith("classifier.")}
+    for key, value in found.items():
+        assert value.dtype == wanted[key].dtype, key
+        assert torch.equal(value, wanted[key]), key
+
+
+@pytest.fixture(scope="module")
+def norm_weights() -> dict[str, Tensor]:
+    """A whole network of torchvision's with batch norm, made as torchvision makes it."""
+    return dict(look_trained(get_model(WITH_NORMS, weights=None)).state_dict())
+
+
+def test_weights_from_a_file_arrive_bit_for_bit(
+    norm_weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    norm_weights["features.0.1.num_batches_tracked"] = torch.tensor(12345)
+    path = save(norm_weights, tmp_path / "weights.pth")
+    model = build_model("unet", encoder=WITH_NORMS, pretrained=str(path))
+    assert isinstance(model, EncoderUNet)
+    before = snapshot(model)
+    found = model.read_pretrained()
+    assert found is not None
+    assert_equal(found, norm_weights)
+    assert changed(model, before) == set(), "it is only read"
+
+    model.encoder.load_state_dict(found)
+    assert_equal(model.encoder.state_dict(), norm_weights)
+    assert all(key.startswith("encoder.") for key in changed(model, before))
+
+
+def test_without_pretrained_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        for kwargs in ({}, {"pretrained": False}):
+            model = build_model("unet", encoder=SMALLEST, **kwargs)
+            assert isinstance(model, EncoderUNet)
+            assert model.read_pretrained() is None
+
+
+def test_files_in_torchs_old_format_are_read(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    """Torchvision's vgg16_bn and vgg19_bn are such."""
+    path = save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert_equal(read_pretrained(SMALLEST, str(path)), weights)
+
+
+def test_a_file_without_a_classifier_is_read(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    trunk = {key: value for key, value in weights.items() if not key.startswith("classifier.")}
+    assert len(trunk) < len(weights)
+    assert_equal(read_pretrained(SMALLEST, str(save(trunk, tmp_path / "trunk.pth"))), weights)
+
+
+def test_files_from_before_batches_were_counted_are_read(
+    norm_weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Torchvision's of vgg16_bn, vgg19_bn, resnet18 and resnet34 are: torch counts since 0.4.1.
+
+    The count does not matter as long as batch norm has a momentum; torchvision takes them, too.
+    """
+    counts = {key for key in norm_weights if key.endswith("num_batches_tracked")}
+    assert counts
+    old = {key: value for key, value in norm_weights.items() if key not in counts}
+    path = save(old, tmp_path / "old.pth")
+    model = build(WITH_NORMS, pretrained=str(path))
+    model.encoder.load_state_dict(model.read_pretrained() or {})
+    assert_equal({k: v for k, v in model.encoder.state_dict().items() if k not in counts}, old)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("layout", ["sparse", "meta", "name too long"])
+def test_what_nobody_expects_is_a_checkpoint_error_too(
+    layout: str, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / ("x" * 300 if layout == "name too long" else "weights.pth")
+    if layout != "name too long":
+        odd = weights[FIRST].to_sparse() if layout == "sparse" else weights[FIRST].to("meta")
+        save({**weights, FIRST: odd}, path)
+    with pytest.raises(CheckpointError):
+        read_pretrained(SMALLEST, str(path))
+
+
+def test_torchs_cache_is_looked_into_before_the_network(
+    weights: dict[str, Tensor], weights_bytes: bytes, torch_home: Path
+) -> None:
+    torch_home.mkdir(parents=True)
+    (torch_home / default_url(SMALLEST).rpartition("/")[2]).write_bytes(weights_bytes)
+    with torch.device("meta"):
+        model = build_model("unet", encoder=SMALLEST, pretrained=True)
+    assert isinstance(model, EncoderUNet)
+    assert_equal(model.read_pretrained() or {}, weights)
+
+
+def test_a_folder_set_in_torch_hub_is_looked_into(
+    weights: dict[str, Tensor],
+    weights_bytes: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "mine"))
+    folder = tmp_path / "mine" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / default_url(SMALLEST).rpartition("/")[2]).write_bytes(weights_bytes)
+    assert_equal(read_pretrained(SMALLEST, True), weights)
+
+
+def test_the_newest_weights_are_downloaded_once(
+    weights: dict[str, Tensor],
+    weights_bytes: bytes,
+    torch_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = default_url(SMALLEST)
+    file_name = url.rpartition("/")[2]
+    # The name carries the start of the file's hash, which the bytes here cannot have.
+    wanted_hash = file_name.rpartition("-")[2].removesuffix(".pth")
+    whole = hashlib.sha256(weights_bytes).digest()
+
+    class Sha256:
+        def __init__(self) -> None:
+            self.hash = hashlib.new("sha256")
+            self.update = self.hash.update
+
+        def hexdigest(self) -> str:
+            return wanted_hash if self.hash.digest() == whole else "0"
+
+    monkeypatch.setattr(hashlib, "sha256", Sha256)
+    asked = answer_requests(monkeypatch, weights_bytes)
+    for _ in range(2):
+        assert_equal(read_pretrained(SMALLEST, True), weights)
+    assert asked == [url]
+    assert [path.name for path in torch_home.iterdir()] == [file_name]
+
+
+@every_encoder
+def test_without_a_network_the_message_says_which_file_to_put_where(
+    name: EncoderName, torch_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = answer_requests(monkeypatch, URLError("no route to host"))
+    with pytest.raises(ResourceError) as caught:
+        read_pretrained(name, True)
+    message = str(caught.value)
+    assert asked == [default_url(name)]
+    assert default_url(name) in message
+    assert str(torch_home) in message
+    assert "no route to host" in message
+    assert "\n" not in message
+    assert list(torch_home.iterdir()) == []
+
+
+@pytest.mark.parametrize("answer", [TimeoutError("timed out"), b"half of a fi"], ids=str)
+def test_a_download_that_breaks_off_is_a_resource_error_and_leaves_nothing(
+    answer: Exception | bytes, torch_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_requests(monkeypatch, answer)
+    with pytest.raises(ResourceError) as caught:
+        read_pretrained(SMALLEST, True)
+    assert "\n" not in str(caught.value)
+    assert list(torch_home.iterdir()) == []
+
+
+Damage = Callable[[Path, dict[str, Tensor], bytes], object]
+
+
+def with_changed(key: str, change: Callable[[Tensor], Any]) -> Damage:
+    def damage(path: Path, weights: dict[str, Tensor], content: bytes) -> None:
+        torch.save({**weights, key: change(weights[key].clone())}, path)
+
+    return damage
+
+
+def set_last(value: float) -> Callable[[Tensor], Tensor]:
+    def change(weight: Tensor) -> Tensor:
+        weight.flatten()[-1] = value
+        return weight
+
+    return change
+
+
+FIRST, LAST = "features.0.weight", "features.10.bias"
+DAMAGES: dict[str, Damage] = {
+    "missing": lambda path, weights, content: path.unlink(missing_ok=True),
+    "a folder": lambda path, weights, content: path.mkdir(),
+    "empty": lambda path, weights, content: path.touch(),
+    "half": lambda path, weights, content: path.write_bytes(content[: len(content) // 2]),
+    "cut short": lambda path, weights, content: path.write_bytes(content[:-100]),
+    "text": lambda path, weights, content: path.write_text("Not found\n"),
+    "code": lambda path, weights, content: torch.save(RunsCode(path.parent / "ran"), path),
+    "weights and code": lambda path, weights, content: torch.save(
+        {**weights, "more": RunsCode(path.parent / "ran")}, path
+    ),
+    "a list": lambda path, weights, content: torch.save(list(weights.values()), path),
+    "one tensor": lambda path, weights, content: torch.save(weights[FIRST], path),
+    "nothing by name": lambda path, weights, content: torch.save({}, path),
+    "a training checkpoint": lambda path, weights, content: torch.save({"model": weights}, path),
+    "other names": lambda path, weights, content: torch.save(
+        {f"module.{key}": value for key, value in weights.items()}, path
+    ),
+    "a key missing": lambda path, weights, content: torch.save(
+        {key: value for key, value in weights.items() if key != LAST}, path
+    ),
+    "no tensor": with_changed(FIRST, lambda weight: weight.tolist()),
+    "another shape": with_changed(FIRST, lambda weight: weight[:, :1]),
+    "as many in another shape": with_changed(FIRST, lambda weight: weight.flatten()),
+    "NaN": with_changed(FIRST, set_last(math.nan)),
+    "infinite": with_changed(LAST, set_last(-math.inf)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_file_that_is_not_the_encoders_is_refused_by_name(
+    damage: str, device: str, weights: dict[str, Tensor], weights_bytes: bytes, tmp_path: Path
+) -> None:
+    """Also where a command is only checked, without memory for the network."""
+    path = tmp_path / "weights.pth"
+    DAMAGES[damage](path, weights, weights_bytes)
+    with torch.device(device), pytest.raises(CheckpointError) as caught:
+        read_pretrained(SMALLEST, str(path))
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert not (tmp_path / "ran").exists(), "code in a file was run"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "vgg16"])
+def test_weights_of_another_encoder_are_refused(name: EncoderName, weights_file: Path) -> None:
+    with torch.device("meta"):
+        model = build_model("unet", encoder=name, pretrained=str(weights_file))
+    assert isinstance(model, EncoderUNet)
+    with pytest.raises(CheckpointError) as caught:
+        model.read_pretrained()
+    assert str(weights_file) in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_relatives_are_told_apart_by_their_shapes(tmp_path: Path) -> None:
+    """All of a vgg16's names are a vgg19's as well."""
+    with torch.device("meta"):
+        ours, theirs = Encoder("vgg16").state_dict(), Encoder("vgg19").state_dict()
+    assert ours.keys() < theirs.keys() or ours.keys() & theirs.keys()
+    # One number expanded: as small in the file as in memory.
+    content = {key: torch.zeros(()).expand(value.shape) for key, value in theirs.items()}
+    path = save(content, tmp_path / "vgg19.pth")
+    with pytest.raises(CheckpointError, match="vgg16"):
+        read_pretrained("vgg16", str(path))
+    assert read_pretrained("vgg19", str(path)).keys() == theirs.keys()
+
+
+def test_a_damaged_file_in_torchs_cache_is_named(torch_home: Path) -> None:
+    torch_home.mkdir(parents=True)
+    path = torch_home / default_url(SMALLEST).rpartition("/")[2]
+    path.write_text("Not found\n")
+    with pytest.raises(CheckpointError) as caught:
+        read_pretrained(SMALLEST, True)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("pretrained", [True, "weights.pth"])
+def test_building_alone_touches_neither_disk_nor_network(
+    pretrained: bool | str, device: str, torch_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("weights.pth").write_text("Not weights\n")
+    with torch.device("meta"):
+        build_model("unet", encoder="alexnet", base_channels=1)  # imports what it needs
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError(f"asked for {args}")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(torch, "load", refuse)
+        patches.setattr(torch.hub, "load_state_dict_from_url", refuse)
+        for module, name in ((builtins, "open"), (os, "stat"), (os, "open"), (os, "listdir")):
+            patches.setattr(module, name, refuse)
+        with torch.device(device):
+            model = build_model("unet", encoder="alexnet", base_channels=1, pretrained=pretrained)
+    assert next(model.parameters()).device.type == device
+    assert not torch_home.exists()
+
+
+# --- A frozen encoder ---------------------------------------------------------------------------
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_statistics() -> None:
+    model = build("resnet18").train()
+    model.freeze_encoder(True)
+    before = snapshot(model)
+    image = random_image(64, 64)
+    for restart in (False, True):  # as from one epoch to the next
+        if restart:
+            model.eval()
+            model.train()
+        assert model.training
+        assert model.decoders[0][1].training
+        assert not any(module.training for module in model.encoder.modules())
+        model(image).square().mean().backward()
+        for key, parameter in model.named_parameters():
+            frozen = key.startswith("encoder.")
+            assert parameter.requires_grad is not frozen, key
+            assert (parameter.grad is None) is frozen, key
+    torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1).step()
+    keys = changed(model, before)
+    assert not [key for key in keys if key.startswith("encoder.")]
+    # All of the decoder learns, its statistics too; only the constants of Normalize stay.
+    own = {key for key in before if not key.startswith(("encoder.", "normalize."))}
+    assert keys == own
+
+
+def test_an_encoder_let_go_learns_again() -> None:
+    model = build("resnet18").train()
+    model.freeze_encoder(True)
+    model.freeze_encoder(False)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    before = snapshot(model)
+    model(random_image(64, 64)).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert changed(model, before) == {key for key in before if not key.startswith("normalize.")}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_freezing_does_not_begin_training(frozen: bool) -> None:
+    model = build("resnet18")
+    model.freeze_encoder(frozen)
+    assert not any(module.training for module in model.modules())
+    assert model.train() is model
+    assert model.training
+    assert model.encoder.training is not frozen
+    assert model.eval() is model
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_frozen_encoder_leaves_out_its_own_dropout() -> None:
+    """EfficientNet skips whole blocks by chance in training."""
+    model = build("efficientnet_b0", norm="none").train()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert not torch.equal(model.encoder(x)[-1], model.encoder(x)[-1])
+        model.freeze_encoder(True)
+        image = random_image(32, 32)
+        assert torch.equal(model(image), model(image))
+
+
+# --- Building by name ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "must_say"),
+    [
+        ({"encoder": "resnet18", "depth": 4}, "depth"),
+        ({"encoder": "resnet18", "depth": 3}, "depth"),
+        ({"encoder": "resnet18", "padding": "valid"}, "padding"),
+        ({"encoder": "resnet18", "padding": "valid", "norm": "none"}, "padding"),
+        ({"pretrained": True}, "encoder"),
+        ({"pretrained": "weights.pth"}, "encoder"),
+        ({"encoder": None, "pretrained": True}, "encoder"),
+        ({"encoder": "resnet19"}, "model.encoder"),
+        ({"encoder": True}, "model.encoder"),
+        ({"encoder": ""}, "model.encoder"),
+        # Others of torchvision's, which are built otherwise.
+        ({"encoder": "densenet121"}, "model.encoder"),
+        ({"encoder": "vit_b_16"}, "model.encoder"),
+        ({"encoder": "resnet18", "pretrained": None}, "model.pretrained"),
+        ({"encoder": "resnet18", "pretrained": ["a.pth"]}, "model.pretrained"),
+        ({"encoder": "resnet18", "base_channels": 0}, "base_channels"),
+        ({"encoder": "resnet18", "drop_rate": 1.0}, "drop_rate"),
+        ({"encoder": "resnet18", "norm": "layer"}, "model.norm"),
+        ({"encoder": "resnet18", "up": "nearest"}, "model.up"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_built_is_a_usage_error_of_one_line(
+    kwargs: dict[str, Any], must_say: str
+) -> None:
+    with torch.device("meta"), pytest.raises(UsageError) as caught:
+        build_model("unet", **kwargs)
+    message = str(caught.value)
+    assert must_say in message
+    assert "\n" not in message
+
+
+def test_an_unknown_encoder_names_the_known_ones() -> None:
+    with pytest.raises(UsageError) as caught:
+        build_model("unet", encoder="resnet19")
+    for name in ENCODERS:
+        assert name in str(caught.value)
+
+
+def test_what_does_not_matter_may_be_said() -> None:
+    with torch.device("meta"):
+        plain = build_model("unet", encoder=None, pretrained=False)
+        assert not isinstance(plain, EncoderUNet)
+        model = build_model("unet", encoder="resnet18", padding="same", depth=None)
+        assert isinstance(model, EncoderUNet)
+        assert build_model("unet", encoder="alexnet", norm="group", up="bilinear")
