@@ -203,3 +203,27 @@ def test_a_frozen_encoder_keeps_its_statistics() -> None:
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed
     assert not any(key.startswith("encoder.") for key in changed)
+
+
+def test_a_batch_is_split_where_pictures_do_not_feel_each_other_and_only_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FC-DenseNets take few images at a time on a CPU; a batch's statistics are of all of it."""
+    model, images = make("tiramisu"), pictures(3)
+    stems: list[int] = []
+    model.stem.register_forward_hook(lambda module, inputs, output: stems.append(len(output)))
+
+    def logits(bn_eval: str) -> Tensor:
+        with torch.inference_mode(), evaluation_statistics(model, bn_eval):
+            return model(images)
+
+    whole = {bn_eval: logits(bn_eval) for bn_eval in ("running", "batch")}
+    monkeypatch.setattr("segtrain.models.tiramisu._REUSED_BYTES", 1)
+    stems.clear()
+    for bn_eval, expected in whole.items():
+        torch.testing.assert_close(logits(bn_eval), expected)
+    assert stems == [1, 1, 1, 3]
+    stems.clear()
+    recalibrated(model, images, 3)
+    model.train()(images)
+    assert stems == [3, 3]

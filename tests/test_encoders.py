@@ -189,12 +189,14 @@ def trunk(net: nn.Module) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def encoder(name: str, trunk: nn.Module) -> Encoder:
+def model(name: str, trunk: nn.Module) -> EncoderUNet:
+    return build(name, 3, trunk=trunk)
+
+
+@pytest.fixture(scope="module")
+def encoder(model: EncoderUNet) -> Encoder:
     """With the trunk's weights, found by torchvision's names."""
-    with torch.device("meta"):
-        encoder = Encoder(cast(EncoderName, name))
-    encoder.load_state_dict(trunk.state_dict(), assign=True)
-    return encoder.eval()
+    return model.encoder
 
 
 def test_every_encoder_is_in_the_table() -> None:
@@ -243,7 +245,7 @@ def test_levels_of_an_odd_stride_are_the_nearest() -> None:
 def test_features_are_those_of_torchvisions_own_modules(
     name: str, trunk: nn.Module, encoder: Encoder, size: tuple[int, int]
 ) -> None:
-    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(8))
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(8))
     with torch.inference_mode():
         before = x.clone()
         features = encoder(x)
@@ -279,10 +281,13 @@ def test_the_smallest_picture_goes_through_and_a_smaller_one_does_not(
 
 
 @every_up
-def test_logits_are_finite_and_of_the_input_size(name: str, trunk: nn.Module, up: str) -> None:
-    model = build(name, 3, up=up, trunk=trunk)
+def test_logits_are_finite_and_of_the_input_size(
+    name: str, trunk: nn.Module, model: EncoderUNet, up: str
+) -> None:
+    if up == "bilinear":
+        model = build(name, 3, up=up, trunk=trunk)
     with torch.inference_mode():
-        for size in ((1, 1), (33, 70), (5, 2)):
+        for size in ((1, 1), (33, 70)):
             logits = model(random_image(*size))
             assert logits.shape == (2, 3, *size)
             assert logits.dtype == torch.float32
@@ -625,7 +630,7 @@ def test_without_pretrained_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_files_in_torchs_old_format_are_read(weights: dict[str, Tensor], tmp_path: Path) -> None:
-    """Torchvision's vgg16_bn and vgg19_bn are such."""
+    """That of before torch 1.6, no zip."""
     path = save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert_equal(read_pretrained(SMALLEST, str(path)), weights)
 
@@ -636,10 +641,20 @@ def test_a_file_without_a_classifier_is_read(weights: dict[str, Tensor], tmp_pat
     assert_equal(read_pretrained(SMALLEST, str(save(trunk, tmp_path / "trunk.pth"))), weights)
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        # Where `segtrain train` checks the command before it begins.
+        pytest.param(
+            "meta",
+        ),
+    ],
+)
 def test_files_from_before_batches_were_counted_are_read(
-    norm_weights: dict[str, Tensor], tmp_path: Path
+    device: str, norm_weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """Torchvision's of vgg16_bn, vgg19_bn, resnet18 and resnet34 are: torch counts since 0.4.1.
+    """Torch counts since 0.4.1; torchvision's older files do not (resnet18-5c106cde.pth).
 
     The count does not matter as long as batch norm has a momentum; torchvision takes them, too.
     """
@@ -647,22 +662,48 @@ def test_files_from_before_batches_were_counted_are_read(
     assert counts
     old = {key: value for key, value in norm_weights.items() if key not in counts}
     path = save(old, tmp_path / "old.pth")
-    model = build(WITH_NORMS, pretrained=str(path))
-    model.encoder.load_state_dict(model.read_pretrained() or {})
-    assert_equal({k: v for k, v in model.encoder.state_dict().items() if k not in counts}, old)
+    with torch.device(device):
+        found = read_pretrained(WITH_NORMS, str(path))
+    assert {found.pop(key).item() for key in counts} == {0}
+    assert_equal(found, old)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("layout", ["sparse", "meta", "name too long"])
-def test_what_nobody_expects_is_a_checkpoint_error_too(
-    layout: str, weights: dict[str, Tensor], tmp_path: Path
+def test_a_file_saved_on_a_gpu_is_read_without_one(
+    weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / ("x" * 300 if layout == "name too long" else "weights.pth")
-    if layout != "name too long":
-        odd = weights[FIRST].to_sparse() if layout == "sparse" else weights[FIRST].to("meta")
-        save({**weights, FIRST: odd}, path)
+    with monkeypatch.context() as patches:
+        patches.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        path = save(weights, tmp_path / "gpu.pth")
+    found = read_pretrained(SMALLEST, str(path))
+    assert {value.device.type for value in found.values()} == {"cpu"}
+    assert_equal(found, weights)
+
+
+# float32 ends at 3.4e38.
+ODD: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": lambda weight: weight.to_sparse(),
+    "meta": lambda weight: weight.to("meta"),
+    "quantized": lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+    "too large for float32": lambda weight: weight.double() * 1e300,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "odd",
+    ODD,
+)
+def test_weights_that_cannot_be_the_encoders_are_a_checkpoint_error(
+    odd: str, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = save({**weights, FIRST: ODD[odd](weights[FIRST])}, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError):
         read_pretrained(SMALLEST, str(path))
+
+
+def test_a_file_name_that_cannot_be_is_a_checkpoint_error() -> None:
+    with pytest.raises(CheckpointError):
+        read_pretrained(SMALLEST, "x" * 300)
 
 
 def test_torchs_cache_is_looked_into_before_the_network(
@@ -808,7 +849,7 @@ def test_a_file_that_is_not_the_encoders_is_refused_by_name(
     assert not (tmp_path / "ran").exists(), "code in a file was run"
 
 
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "vgg16"])
+@pytest.mark.parametrize("name", ["resnet18", "vgg16"])
 def test_weights_of_another_encoder_are_refused(name: EncoderName, weights_file: Path) -> None:
     with torch.device("meta"):
         model = build_model("unet", encoder=name, pretrained=str(weights_file))

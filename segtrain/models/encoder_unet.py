@@ -8,9 +8,6 @@ from segtrain.models.encoders import Encoder, EncoderName, read_pretrained
 from segtrain.models.layers import Dropout, Normalize, he_uniform_, pad_to_multiple
 from segtrain.models.unet import NormKind, Padding, UNet, UpKind, double_conv, upsampling
 
-# A decoder's level has base_channels * 2**level channels, from this level on no more.
-_WIDEST_LEVEL = 4
-
 
 class EncoderUNet(nn.Module):
     """An encoder's features, from the coarsest up, each joined with the next finer ones.
@@ -23,7 +20,7 @@ class EncoderUNet(nn.Module):
         pretrained: what `read_pretrained` reads; building alone reads and downloads nothing.
         norm: what follows the decoder's 3x3 convolutions.
         up: how H and W are enlarged.
-        base_channels: of the decoder at full resolution; every halving doubles them, up to 16-fold.
+        base_channels: of the decoder at full resolution; every halving doubles them.
         drop_rate: probability of dropout on the coarsest features.
     """
 
@@ -54,7 +51,7 @@ class EncoderUNet(nn.Module):
         self.ups, self.decoders = nn.ModuleList(), nn.ModuleList()
         channels, level = deepest
         for skip_channels, skip_level in reversed(skips):
-            width = base_channels * 2 ** min(skip_level, _WIDEST_LEVEL)
+            width = base_channels * 2**skip_level
             scale = 2 ** (level - skip_level)
             self.ups.append(upsampling(channels, width, up, scale=scale))
             self.decoders.append(double_conv(width + skip_channels, width, norm=norm))

@@ -142,8 +142,8 @@ def read_pretrained(name: EncoderName, pretrained: Literal[True] | str) -> dict[
         wanted = Encoder(name).state_dict()
     if isinstance(found, dict):
         # Older files, some of torchvision's among them, do not count batches; nothing needs it.
-        counts = {key: torch.tensor(0) for key in wanted if key.endswith("num_batches_tracked")}
-        found = counts | found
+        zero = torch.tensor(0, device="cpu")
+        found = {key: zero for key in wanted if key.endswith("num_batches_tracked")} | found
     _check_weights(found, wanted, path, name)
     return {key: found[key] for key in wanted}
 
@@ -172,10 +172,11 @@ def _check_weights(found: Any, wanted: Mapping[str, Tensor], path: Path, name: s
     for key, weight in wanted.items():
         value: Any = found.get(key)
         usable = isinstance(value, Tensor) and value.is_cpu and value.layout == torch.strided
+        usable = usable and value.is_floating_point() == weight.is_floating_point()
         if not usable or value.shape != weight.shape:
             raise CheckpointError(
                 f"{path} does not fit {name}: it has no {key} of shape {tuple(weight.shape)}; "
                 f"give torchvision's file of {name}"
             )
-        if not bool(value.isfinite().all()):
+        if not bool(value.to(weight.dtype).isfinite().all()):
             raise CheckpointError(f"{path}: {key} holds NaN or infinite numbers; get it anew")

@@ -17,8 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from segtrain.models.layers import Dropout
 
-# A part of the last cache of a CPU.
-_CACHE_BYTES = 16 * 2**20
+# What a sweep over features should leave in a CPU's caches for the next: in the second level where
+# only the rows around a pixel matter, in the last one where whole images do.
+_STRIP_BYTES = 5 * 2**19
+_PORTION_BYTES = 16 * 2**20
 
 _aten = torch.ops.aten
 
@@ -179,11 +181,16 @@ def new_features(
     """
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     y = _room(x, weight.shape[0])
-    for rows in _portions(x):
-        a = norm.relu(_copy(x[rows]))
-        y[rows] = F.conv2d(a, weight, bias, padding=1)
-        if keep is not None:
-            keep.append(a)
+    for images in _portions(x, _STRIP_BYTES if keep is None else _PORTION_BYTES):
+        strips = _strips(x[images]) if keep is None else [slice(0, x.shape[2])]
+        for rows in strips:
+            # The strip needs a row of its neighbours on either side; their results are dropped.
+            first, last = max(rows.start - 1, 0), min(rows.stop + 1, x.shape[2])
+            a = norm.relu(_copy(x[images, :, first:last]))
+            strip = F.conv2d(a, weight, bias, padding=1)
+            y[images, :, rows] = strip[:, :, rows.start - first : rows.stop - first]
+            if keep is not None:
+                keep.append(a)
     return y
 
 
@@ -199,7 +206,7 @@ def _backward_of_new_features(
         The gradients of the weights: batch norm's weight and bias, the convolution's.
     """
     totals: list[Tensor] = []
-    for i, rows in enumerate(_portions(x)):
+    for i, rows in enumerate(_portions(x, _PORTION_BYTES)):
         x_rows = _copy(x[rows])
         a = kept[i] if kept else norm.relu(x_rows)
         grad_a, *conv_grads = _conv_backward(grad_y[rows], a, weight)
@@ -230,9 +237,10 @@ def _add_moment_grads(
 ) -> Tensor:
     """The gradient of feature maps, with what reaches them by their mean and biased variance."""
     num_values = x.numel() // x.shape[1]
-    slope = 2 / num_values * grad_var
-    offset = grad_mean / num_values - slope * mean
-    return torch.addcmul(grad, x, _per_channel(slope, x)).add_(_per_channel(offset, x))
+    # (grad_mean + 2 grad_var (x - mean)) / num_values: to torch that is a batch norm, too.
+    one = torch.ones_like(mean)
+    slope, offset = 2 / num_values * grad_var, grad_mean / num_values
+    return grad + F.batch_norm(_copy(x), mean, one, slope, offset, eps=0.0)
 
 
 def _room(x: Tensor, num_channels: int) -> Tensor:
@@ -249,13 +257,27 @@ def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
     return vector.to(x.dtype).view(1, -1, 1, 1)
 
 
-def _portions(x: Tensor) -> Iterator[slice]:
-    """On a CPU a few images at a time, so that one sweep finds in the cache what the last left.
+def _portions(x: Tensor, num_bytes: int) -> Iterator[slice]:
+    """On a CPU at least one and no more images at a time than make so many bytes.
 
     Memory for smaller pieces is also used again, where large ones are fresh from the system.
     """
     num_images = x.shape[0]
     step = num_images
     if x.device.type == "cpu":
-        step = max(1, _CACHE_BYTES // max(x[:1].numel() * x.element_size(), 1))
+        step = max(1, int(num_bytes / _bytes_an_image(x)))
     return (slice(start, start + step) for start in range(0, num_images, step))
+
+
+def _strips(x: Tensor) -> Iterator[slice]:
+    """On a CPU the rows of large images, in equal parts that fit into the cache one by one."""
+    height = x.shape[2]
+    step = height
+    if x.device.type == "cpu":
+        num_strips = max(1, round(_bytes_an_image(x) / _STRIP_BYTES))
+        step = -(-height // num_strips)
+    return (slice(start, min(start + step, height)) for start in range(0, height, step))
+
+
+def _bytes_an_image(x: Tensor) -> int:
+    return max(1, x[:1].numel() * x.element_size())

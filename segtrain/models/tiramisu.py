@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from segtrain.models.dense_block import DenseBlock
 from segtrain.models.layers import Dropout, Normalize, he_uniform_, pad_to_multiple
 
+# glibc gives memory up to this size from a heap that it keeps.
+_REUSED_BYTES = 32 * 2**20
+
 
 class TransitionDown(nn.Module):
     """BN, ReLU, 1x1 convolution, dropout, 2x2 max-pooling (table 1); the channels are kept."""
@@ -108,6 +111,9 @@ class FCDenseNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """N 3 H W RGB, uint8 or float in 0..255, any H and W → logits N num_classes H W."""
+        return torch.cat([self._logits(part) for part in torch.split(image, self._at_once(image))])
+
+    def _logits(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
         x = pad_to_multiple(self.normalize(image), 2 ** len(self.downs))
         x = self.stem(x)
@@ -125,6 +131,20 @@ class FCDenseNet(nn.Module):
         # Only the last block hands on its input, too.
         logits: Tensor = self.head(features)
         return logits[..., :height, :width]
+
+    def _at_once(self, image: Tensor) -> int:
+        """How many images to take at a time: all, but for evaluation on a CPU.
+
+        There the memory of small tensors is used again, while large ones are fresh from the system
+        and have to be cleared; that costs more than a batch saves.
+        """
+        by_batch = self.bottleneck.layers[0].norm.training
+        if by_batch or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return len(image)
+        if image.device.type != "cpu":
+            return len(image)
+        bytes_an_image = image.shape[2] * image.shape[3] * self.head.in_channels * 2
+        return max(1, _REUSED_BYTES // bytes_an_image)
 
     def _choose_what_to_keep(self, x: Tensor) -> None:
         """Tell the dense blocks; `x` is what the first one gets."""

@@ -93,14 +93,14 @@ def _check_possible(config: Config, *, fresh: bool) -> None:
     resolve_device(config.train.device)
     with torch.device("meta"):
         model = build_model(config.model.name, **config.model.kwargs)
-        if isinstance(model, EncoderUNet):
-            if fresh:
-                model.read_pretrained()
-        elif config.train.freeze_encoder_epochs:
-            raise UsageError(
-                "train.freeze_encoder_epochs needs a network with an encoder, e.g. "
-                "--set model.encoder=resnet34"
-            )
+    if isinstance(model, EncoderUNet):
+        if fresh:
+            model.read_pretrained()
+    elif config.train.freeze_encoder_epochs:
+        raise UsageError(
+            "train.freeze_encoder_epochs needs a network with an encoder, e.g. "
+            "--set model.encoder=resnet34"
+        )
 
 
 def _continued_config(
