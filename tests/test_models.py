@@ -336,6 +336,24 @@ def test_tiramisu_computes_what_the_paper_describes(
         torch.testing.assert_close(model(image), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "down", "bottleneck"),
+    [
+        ("fc_densenet103", [4, 5, 7, 10, 12], 15),
+        ("fc_densenet67", [5] * 5, 5),
+        ("fc_densenet56", [4] * 5, 4),
+    ],
+)
+def test_the_papers_own_networks_at_full_size(name: str, down: list[int], bottleneck: int) -> None:
+    """Table 2 of the paper for 103, section 4.1 for the other two."""
+    torch.manual_seed(0)
+    model = trained_look(build_model(name)).double()
+    image = random_image(33, 40, num=1)
+    with torch.inference_mode():
+        expected = tiramisu_oracle(model.state_dict(), image, down, bottleneck, down[::-1])
+        torch.testing.assert_close(model(image), expected, rtol=1e-5, atol=1e-5)
+
+
 # --- Fresh weights and dropout ------------------------------------------------------------------
 
 # Wide enough that every bound below is met by far more than chance.

@@ -151,8 +151,7 @@ class FCDenseNet(nn.Module):
         recompute = self.memory_efficient
         if recompute == "auto":
             recompute = x.device.type == "cpu" or (
-                x.device.type == "cuda"
-                and self._bytes_to_keep(x) > torch.cuda.mem_get_info(x.device)[0] / 2
+                x.device.type == "cuda" and self._bytes_to_keep(x) > _free_bytes(x.device) / 2
             )
         for module in self.modules():
             if isinstance(module, DenseBlock):
@@ -168,6 +167,12 @@ class FCDenseNet(nn.Module):
             values_a_pixel += sum(old.stop for old, _ in block.channels()) / 4**level
         num_pixels = x.shape[0] * x.shape[2] * x.shape[3]
         return int(values_a_pixel * num_pixels * x.element_size())
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What a GPU can still give: free for all, or held by this process and not in use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 # The paper's three networks (table 3); any argument of FCDenseNet can still be given.
