@@ -49,8 +49,28 @@ def test_what_is_counted_without_tensors_is_what_tensors_show(name: str) -> None
     assert cost.kept_bytes == pytest.approx(count_kept_bytes(model, image), rel=2e-3)
 
 
+def macs_of_fc_densenet103(size: int) -> int:
+    """Table 2 of the paper, added up."""
+    pixels = [(size >> level) ** 2 for level in range(6)]
+    channels, total, skips = 48, 3 * 48 * 9 * pixels[0], []
+    for level, num_layers in enumerate((4, 5, 7, 10, 12)):
+        total += sum((channels + 16 * i) * 16 * 9 for i in range(num_layers)) * pixels[level]
+        channels += 16 * num_layers
+        skips.append(channels)
+        total += channels * channels * pixels[level]
+    total += sum((channels + 16 * i) * 16 * 9 for i in range(15)) * pixels[5]
+    new = 16 * 15
+    for level, num_layers in zip((4, 3, 2, 1, 0), (12, 10, 7, 5, 4), strict=True):
+        total += new * new * 9 * pixels[level + 1]
+        channels = new + skips[level]
+        total += sum((channels + 16 * i) * 16 * 9 for i in range(num_layers)) * pixels[level]
+        new = 16 * num_layers
+    return total + (channels + new) * 2 * pixels[0]
+
+
 def test_the_papers_networks() -> None:
     cost = cost_of("tiramisu")
+    assert cost.multiply_adds == macs_of_fc_densenet103(224)
     assert cost.num_parameters == 9_319_778
     assert cost.plain_kept_bytes is not None
     assert cost.kept_bytes < 200e6 < cost.plain_kept_bytes

@@ -80,10 +80,11 @@ def _hollow_model(hollow: FakeTensorMode, name: str, **kwargs: Any) -> nn.Module
         return model.to_empty(device="cpu")
 
 
-@torch.no_grad()
 def count_multiply_adds(model: nn.Module, image: Tensor) -> int:
     """Multiply-adds of convolutions and matrix products, an image."""
-    with FlopCounterMode(display=False) as counter:
+    # With gradients, in evaluation, networks compute in their papers' form. Without, dense blocks
+    # work in strips, whose overlap is not the network's.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(image)
     # The counter counts a multiplication and an addition as two.
     return int(counter.get_total_flops()) // 2 // len(image)
