@@ -225,9 +225,9 @@ def models(
     from segtrain.models.overview import cost_of, cost_table, variants
     from segtrain.progress import progress_bar
 
-    costs = []
-    with progress_bar(total=len(list(variants())), desc="counting", unit="network") as bar:
-        for name, kwargs in variants():
+    networks, costs = list(variants()), []
+    with progress_bar(total=len(networks), desc="counting", unit="network") as bar:
+        for name, kwargs in networks:
             costs.append(cost_of(name, **kwargs))
             bar.update()
     if as_json:

@@ -6,7 +6,7 @@ are the only thing that it takes over from what is tested.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +22,8 @@ from segtrain.models import build_model
 from segtrain.models.dense_block import DenseBlock
 from segtrain.models.layers import Dropout
 from segtrain.models.tiramisu import FCDenseNet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DOWN, BOTTLENECK, UP = (1, 2), 2, (2, 1)
 SLIM: dict[str, Any] = {
@@ -197,15 +199,6 @@ def assert_equal(actual: tuple[Tensor, Values], expected: tuple[Tensor, Values])
 
 def running(module: nn.Module) -> Values:
     return {key: value.clone() for key, value in module.named_buffers() if "norm." in key}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Nothing here is worth a second thread; on a busy machine to wait for one takes far longer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

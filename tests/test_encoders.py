@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from email.message import Message
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,8 @@ from segtrain.models import build_model
 from segtrain.models.encoder_unet import EncoderUNet
 from segtrain.models.encoders import ENCODERS, Encoder, EncoderName, read_pretrained
 from segtrain.models.layers import Normalize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # By hand from the networks' papers and torchvision's source: the last module before H and W become
 # smaller, its channels, and its side on a picture of 224 x 224.
@@ -143,15 +145,6 @@ def features_by_hooks(net: nn.Module, name: str, x: Tensor) -> list[Tensor]:
     for handle in handles:
         handle.remove()
     return found
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Such small pictures: threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_same(actual: Tensor, expected: Tensor, within: float = 1e-5) -> None:

@@ -22,6 +22,8 @@ from segtrain.models import build_model
 from segtrain.models.layers import pad_to_multiple
 from segtrain.models.unet import UNet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # `segtrain.models.unet` is also a function's name.
 unet_module = importlib.import_module("segtrain.models.unet")
 
@@ -55,15 +57,6 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     """Equal but for the order of sums; the logits here are of the order of one."""
     assert expected.std() > 1e-2, "nothing to see"
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Such small pictures: threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @contextmanager

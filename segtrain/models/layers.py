@@ -35,6 +35,9 @@ class Dropout(nn.Module):
 
     Args:
         p: probability of a value to be dropped, 0 <= p < 1.
+
+    Raises:
+        ValueError: `p` is out of range.
     """
 
     def __init__(self, p: float) -> None:
@@ -67,10 +70,13 @@ class Dropout(nn.Module):
 
 
 def pad_to_multiple(x: Tensor, multiple: int, *, at_least: int = 1) -> Tensor:
-    """Grow H and W on the right and below to a multiple, repeating the edge.
+    """Grow H and W of N C H W on the right and below to a multiple, repeating the edge.
 
     Repeating works from a single pixel on, where mirroring needs more than it pads, and shows the
     network no dark frame that it never saw in training.
+
+    Args:
+        at_least: smallest H and W to come out, a multiple as well.
     """
     height, width = (max(side + -side % multiple, at_least) for side in x.shape[-2:])
     return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
