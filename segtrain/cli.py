@@ -1,7 +1,6 @@
 """The command line: parse, call one function, print. Heavy imports live inside the commands."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +9,7 @@ import typer
 
 from segtrain import __version__
 from segtrain.errors import DataError, UserError
+from segtrain.stopping import Stopped, listening
 
 app = typer.Typer(
     name="segtrain",
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_BUG, _USAGE, _RESOURCE, _INTERRUPTED, _TERMINATED = 1, 2, 5, 130, 143
+_BUG, _USAGE, _RESOURCE = 1, 2, 5
 _LONGEST_ERROR = 200
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -259,13 +259,12 @@ def run(arguments: list[str]) -> int:
     """Run one command line; every error becomes one line on stderr and its exit code."""
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"] or ["--help"]
-    signal.signal(signal.SIGTERM, _end_on_sigterm)
     try:
-        # typer turns Ctrl-C into the exit code it returns here.
-        code = int(app(arguments, standalone_mode=False) or 0)
-        if code == _INTERRUPTED:
-            _to_stderr("stopped by Ctrl-C; what was saved before stays")
-        return code
+        with listening():
+            return int(app(arguments, standalone_mode=False) or 0)
+    except Stopped as stopped:
+        _to_stderr(str(stopped))
+        return stopped.exit_code
     except Exception as error:
         if debug:
             raise
@@ -297,11 +296,6 @@ def _one_line(message: str) -> str:
         return message
     tail = room // 2 - 20
     return f"{message[: room - tail - 3]}...{message[-tail:]}"
-
-
-def _end_on_sigterm(signum: int, frame: object) -> None:
-    _to_stderr("stopped by SIGTERM; what was saved before stays")
-    sys.exit(_TERMINATED)
 
 
 def _say_loading() -> None:

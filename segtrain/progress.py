@@ -5,6 +5,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from segtrain.stopping import check
+
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -23,14 +25,26 @@ class _Lines:
         self._stream.flush()
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """Every long job moves its bar between two pieces of work: there it can stop."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        check()
+        return super().update(n)
+
+
 def progress_bar(*, total: int, desc: str, unit: str = "image") -> "tqdm[Any]":
     """A bar on stderr that goes away when done; where stderr is no terminal, a line now and then.
 
     Use it as a context manager and call `update(n)`.
+
+    Raises:
+        Stopped: a signal has come; `update` raises it, too.
     """
+    check()
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=desc, unit=unit, leave=False, dynamic_ncols=True)
-    return tqdm(
+        return _Bar(total=total, desc=desc, unit=unit, leave=False, dynamic_ncols=True)
+    return _Bar(
         total=total,
         desc=desc,
         unit=unit,

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "segtrain"
 
 # Bottom to top. A module may import from its own storey's folder and from every lower storey.
 STOREYS = [
-    {"__init__", "errors", "classes"},
+    {"__init__", "errors", "classes", "stopping"},
     {"config", "files", "progress"},
     {"images", "devices", "runs"},
     {"data", "models"},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from segtrain.errors import CheckpointError, ResourceError
+from segtrain.stopping import at_once
 
 EncoderName = Literal[
     "vgg16",
@@ -155,7 +156,8 @@ def _downloaded(name: EncoderName) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     if not path.is_file():
         try:
-            weights.get_state_dict(progress=True, check_hash=True)
+            with at_once():
+                weights.get_state_dict(progress=True, check_hash=True)
         except (URLError, OSError, RuntimeError) as error:
             reason = getattr(error, "reason", error)
             raise ResourceError(
