@@ -34,6 +34,7 @@ _FIELD_TYPES = {
     "global_step": int,
     "metrics": dict,
     "training": dict,
+    "data": dict,
 }
 # All that our own files name. torch's safe unpickler allows more, e.g. a bytearray of any length.
 _SAFE_NAMES = re.compile(
@@ -50,6 +51,8 @@ class Checkpoint:
     weights: state dict of the network, contiguous tensors on the CPU.
     epoch, global_step: epochs and optimizer steps done.
     metrics: validation metrics of this epoch by their log names.
+    data: hashes of the training and validation selections, and the identities of the training
+        pictures (int64), so that evaluation knows them again.
     training: what only resuming needs (optimizer, scaler, random states, best so far); empty in
         `best.pt`.
     """
@@ -60,6 +63,7 @@ class Checkpoint:
     global_step: int
     metrics: dict[str, float]
     training: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -107,6 +111,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     _check_content(content, path)
     if digest != _digest(content):
         raise CheckpointError(f"{path} is damaged: its sha256 does not match; use another copy")
+    content.setdefault("data", {})  # files of earlier versions do not say
     try:
         for key, kind in _FIELD_TYPES.items():
             if not isinstance(content[key], kind):

@@ -57,8 +57,11 @@ def train(
         str | None, typer.Option(help="unet, tiramisu, ...: segtrain models lists them.")
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option(help="Root in COCO layout. Default: $SEGTRAIN_DATA, else drawn demo people."),
+        list[str] | None,
+        typer.Option(
+            help="Root in COCO layout or with images/ and masks/; give it again to mix several. "
+            "Default: $SEGTRAIN_DATA, else drawn demo people."
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images an optimizer step.")] = None,
@@ -86,7 +89,7 @@ def train(
 
     flags: dict[str, Any] = {
         "model.name": model,
-        "data.root": data,
+        "data.root": (data[0] if len(data) == 1 else data) if data else None,
         "data.image_size": image_size,
         "data.workers": workers,
         "optim.lr": lr,
@@ -122,12 +125,17 @@ def train(
 def evaluate(
     checkpoint: CheckpointOption = None,
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Root in COCO layout. Default: $SEGTRAIN_DATA, else what it was trained on."
+            help="Root in COCO layout or with images/ and masks/; several are joined. "
+            "Default: $SEGTRAIN_DATA, else what it was trained on."
         ),
     ] = None,
     split: Annotated[Literal["val", "train"], typer.Option(help="Which images.")] = "val",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another selection, e.g. --set data.person_area=[0.2,0.7]."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
     workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.  [auto]")] = None,
     bn_eval: Annotated[
@@ -151,6 +159,7 @@ def evaluate(
         checkpoint,
         data=data,
         split=split,
+        sets=set_ or [],
         batch_size=batch_size,
         workers="auto" if workers is None else workers,
         device_name=device,
@@ -234,6 +243,111 @@ def models(
         print(json.dumps([asdict(cost) for cost in costs], indent=2))
     else:
         Console().print(cost_table(costs))
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="Data set to read; it stays as it is.")],
+    folder: Annotated[Path, typer.Argument(help="New folder for the prepared data set.")],
+    short_side: Annotated[
+        int, typer.Option(min=32, max=4096, help="Of the pictures written; smaller ones stay.")
+    ] = 320,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads.  [all cores]")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A selection, e.g. --set data.person_area=[0.2,0.7]."),
+    ] = None,
+) -> None:
+    """Filter and scale a data set once, for faster training; run again, it goes on."""
+    from dataclasses import replace
+
+    from segtrain.config import load_config
+    from segtrain.cores import usable_cores
+    from segtrain.data import describe_roots, named_data_roots
+    from segtrain.data.prepare import prepare as prepare_folder
+
+    config = load_config(flags={"data.root": source}, sets=set_ or [])
+    [root], _ = named_data_roots(source) or ([Path(source)], "")
+    _to_stderr(f"data: {describe_roots([root])}")
+    result = prepare_folder(
+        replace(config.data, root=str(root)),
+        folder,
+        short_side=short_side,
+        workers=workers or usable_cores(),
+        tell=_to_stderr,
+    )
+    counts = " and ".join(f"{count} {split}" for split, count in result.num_pictures.items())
+    print(
+        f"{counts} pictures, {result.num_bytes / 1e6:.0f} MB in {folder}"
+        f"{f', {result.num_kept} of them from before' if result.num_kept else ''}"
+    )
+    print(f"next: segtrain train --data {folder}")
+    if result.damaged:
+        _to_stderr(f"warning: {len(result.damaged)} pictures left out, first: {result.damaged[0]}")
+
+
+@app.command()
+def doctor(
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Roots in COCO layout or with images/ and masks/. Default: $SEGTRAIN_DATA, else "
+            "only the machine is looked at."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="As in train, e.g. --set data.person_area=[0.2,0.7]."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures. Default: runs/doctor-<time>.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace pictures that exist there.")
+    ] = False,
+    show_augmentations: Annotated[
+        bool, typer.Option("--show-augmentations", help="Also what training sees of six pictures.")
+    ] = False,
+    augment: Annotated[str | None, typer.Option(help="paper, standard or strong.")] = None,
+    learning: Annotated[
+        bool, typer.Option("--learning/--no-learning", help="Learn four pictures by heart.")
+    ] = True,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Look in a minute for what would make a training fail, and say the repair.
+
+    Exit codes: 0 all is well; 10 warnings; 3 errors in the data; 5 errors of the machine.
+    """
+    from segtrain.config import load_config
+    from segtrain.doctor.outputs import output_folder
+
+    flags = {
+        "data.root": (data[0] if len(data) == 1 else data) if data else None,
+        "data.augment": augment,
+        "train.device": device,
+    }
+    config = load_config(flags=flags, sets=set_ or [])
+    folder = output_folder(output, Path(config.train.output), overwrite=overwrite)
+    _say_loading()
+    from rich.console import Console
+
+    from segtrain.doctor import report
+    from segtrain.doctor.checkup import Wishes, check_up
+
+    diagnosis = check_up(
+        Wishes(
+            config=config, output=folder, show_augmentations=show_augmentations, learning=learning
+        )
+    )
+    if as_json:
+        print(json.dumps(report.as_json(diagnosis), indent=2))
+    else:
+        Console().print(report.findings_table(diagnosis))
+        print(report.summary_line(diagnosis))
+    diagnosis.raise_error()
+    if diagnosis.exit_code:
+        raise typer.Exit(diagnosis.exit_code)
 
 
 @app.command()

@@ -40,19 +40,50 @@ class DataConfig:
 
     __pydantic_config__ = _STRICT
 
-    root: str | None = None
-    """Folder in COCO layout; None takes $SEGTRAIN_DATA, else the drawn demo people."""
+    root: str | tuple[str, ...] | None = None
+    """Data sets, in COCO's layout or as images/ and masks/; None takes $SEGTRAIN_DATA, else the
+    drawn demo people."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Share of each root in the pictures of an epoch; None lets every picture count the same."""
     image_size: Annotated[int, Field(ge=48, le=4096)] = 224
     """Side of the square training crops and short side of whole images in validation, pixels."""
-    scale: tuple[float, float] = (1.0, 1.5)
-    """Before the crop the short side becomes `image_size` times a factor from this range."""
+    augment: Literal["paper", "standard", "strong"] = "paper"
+    """What is done to training pictures; see `segtrain.data.transforms`."""
+    scale: tuple[float, float] | None = None
+    """Before the crop the short side becomes `image_size` times a factor from this range; None
+    leaves it to `augment`."""
+    person_area: tuple[float, float] | None = None
+    """Only pictures of which people cover a share in this range, e.g. [0.2, 0.7]."""
+    min_person_area: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """A person that covers less of the frame is ignored, as crowds are."""
+    max_people: Annotated[int, Field(ge=1)] | None = None
+    """Only pictures with at most so many people."""
+    largest_only: bool = False
+    """Only the largest person of a picture is learnt, the others are ignored."""
+    negatives: Annotated[float, Field(ge=0, le=0.99)] | None = None
+    """Share of pictures without people, as far as there are any; None takes them as they come."""
+    crowd: Literal["ignore", "person", "drop"] = "ignore"
+    """What crowd regions are; drop leaves out the pictures that have one."""
+    invert_masks: bool = False
+    """In folders of masks, white is background."""
     workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = "auto"
     """Loader processes; 0 loads in the main process. The batches are the same either way."""
 
     def __post_init__(self) -> None:
-        smallest, largest = self.scale
-        if not 1 <= smallest <= largest <= 8:
-            raise ValueError(f"data.scale must be two factors with 1 <= a <= b <= 8: {self.scale}")
+        if self.scale is not None and not 0.25 <= self.scale[0] <= self.scale[1] <= 8:
+            raise ValueError(
+                f"data.scale must be two factors with 0.25 <= a <= b <= 8: {self.scale}"
+            )
+        if (
+            self.person_area is not None
+            and not 0 <= self.person_area[0] <= self.person_area[1] <= 1
+        ):
+            raise ValueError(
+                f"data.person_area must be two shares with 0 <= a <= b <= 1: {self.person_area}"
+            )
+        num_roots = len(self.root) if isinstance(self.root, tuple) else 1
+        if self.weights is not None and len(self.weights) != num_roots:
+            raise ValueError("data.weights must have a number for each root")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +195,10 @@ def tree_from_config(config: Config) -> Tree:
     tree = asdict(config)
     model = tree["model"]
     tree["model"] = {"name": model["name"], **model["kwargs"]}
-    tree["data"]["scale"] = list(tree["data"]["scale"])
+    tree["data"] = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in tree["data"].items()
+    }
     return tree
 
 

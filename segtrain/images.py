@@ -6,12 +6,13 @@ the memory is taken, and everything a decoder can raise becomes one DataError th
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from segtrain.errors import DataError
 from segtrain.files import write_bytes
@@ -23,12 +24,24 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo"}
 )
 # Pillow knows more, among them PostScript, for which it starts an interpreter.
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 _JPEG_LONGEST_SIDE = 65_500
+_JPEG_END, _JPEG_TAIL = b"\xff\xd9", 2**16
+_REDUCED = {
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 _WHITE = (255, 255, 255, 255)
 
 
-def read_image(path: Path, *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Pixels:
+def read_image(
+    path: Path,
+    *,
+    upright: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    short_side: int | None = None,
+) -> Pixels:
     """Decode a picture to H W 3 uint8 RGB.
 
     Transparent pixels are laid on white, 16-bit samples scaled to 8, and of an animation the first
@@ -43,6 +56,41 @@ def read_image(path: Path, *, upright: bool = True, max_pixels: int = MAX_PIXELS
     Raises:
         DataError: the file is missing, no picture, damaged, cut short or too large.
     """
+    return read_sized_image(path, upright=upright, max_pixels=max_pixels, short_side=short_side)[0]
+
+
+def read_sized_image(
+    path: Path,
+    *,
+    upright: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    short_side: int | None = None,
+) -> tuple[Pixels, tuple[int, int]]:
+    """As `read_image`; a large JPEG may come out smaller, at a fraction of the time.
+
+    Args:
+        short_side: what is needed; a JPEG at least two, four or eight times as large is decoded at
+            a half, a quarter or an eighth.
+
+    Returns:
+        The pixels, and height and width of the whole picture.
+    """
+    with decoding(path, max_pixels):
+        with Image.open(path, formats=FORMATS) as picture:
+            _check_size(picture, path, max_pixels)
+            size = picture.height, picture.width
+            pixels = _decode_plain_jpeg(path, picture, upright=upright, short_side=short_side)
+            if pixels is None:
+                picture.load()
+                # Pillow's stubs type exif_transpose by what it was given: never None here.
+                pixels = _to_rgb(ImageOps.exif_transpose(picture) if upright else picture)
+                size = pixels.shape[0], pixels.shape[1]
+        return pixels, size
+
+
+@contextmanager
+def decoding(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[None]:
+    """Within, Pillow may open `path`; whatever it raises becomes a DataError with its name."""
     try:
         if not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
@@ -51,16 +99,7 @@ def read_image(path: Path, *, upright: bool = True, max_pixels: int = MAX_PIXELS
             # Pillow warns about odd metadata and large files; both are dealt with here.
             warnings.simplefilter("ignore")
             Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
-            with Image.open(path, formats=_FORMATS) as picture:
-                width, height = picture.size
-                if width * height > max_pixels:
-                    raise DataError(
-                        f"{path} has {width * height / 1e6:.0f} megapixels, the limit is "
-                        f"{max_pixels / 1e6:.0f}; shrink it or raise the limit"
-                    )
-                picture.load()
-                # Pillow's stubs type exif_transpose by what it was given: never None here.
-                return _to_rgb(ImageOps.exif_transpose(picture) if upright else picture)
+            yield
     except (DataError, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -70,6 +109,45 @@ def read_image(path: Path, *, upright: bool = True, max_pixels: int = MAX_PIXELS
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
         reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"cannot decode {path}: {reason}; replace the file") from error
+
+
+def _check_size(picture: Image.Image, path: Path, max_pixels: int) -> None:
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise DataError(
+            f"{path} has {width * height / 1e6:.0f} megapixels, the limit is "
+            f"{max_pixels / 1e6:.0f}; shrink it or raise the limit"
+        )
+
+
+def _decode_plain_jpeg(
+    path: Path, picture: Image.Image, *, upright: bool, short_side: int | None
+) -> Pixels | None:
+    """What nearly all photos are, by OpenCV: a third faster, and smaller where that is enough.
+
+    None for anything else. OpenCV fills up a JPEG that was cut short without a word, so one without
+    its end marker is left to Pillow, which tells.
+    """
+    if picture.format != "JPEG" or picture.mode not in {"RGB", "L"}:
+        return None
+    if upright and picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return None
+    content = np.fromfile(path, dtype=np.uint8)
+    if _JPEG_END not in content[-_JPEG_TAIL:].tobytes():
+        return None
+    smaller = 1
+    while short_side is not None and smaller < 8:
+        if min(picture.size) < 2 * smaller * short_side:
+            break
+        smaller *= 2
+    # Half, a quarter and an eighth have no flag for RGB.
+    reduced = _REDUCED.get(smaller, cv2.IMREAD_COLOR_RGB)
+    pixels = cv2.imdecode(content, reduced | cv2.IMREAD_IGNORE_ORIENTATION)
+    if pixels is None:
+        return None
+    if smaller > 1:
+        cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+    return np.asarray(pixels, dtype=np.uint8)
 
 
 def write_image(path: Path, pixels: Pixels, *, jpeg_quality: int = 92) -> None:
@@ -97,27 +175,47 @@ def encode_image(pixels: Pixels, path: Path, *, jpeg_quality: int = 92) -> bytes
             f"{path} would be {width}x{height} and JPEG ends at {_JPEG_LONGEST_SIDE} a side; "
             "shrink the picture"
         )
-    options = [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality] if path.suffix == ".jpg" else []
+    options = []
+    if path.suffix == ".jpg":
+        options = [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality]
+    elif pixels.ndim == 2:
+        # Masks are flat: unfiltered they are no larger and decode four times as fast.
+        options = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+        options += [cv2.IMWRITE_PNG_COMPRESSION, 1]
     encoded, buffer = cv2.imencode(path.suffix, pixels, options)
     if not encoded:
         raise ValueError(f"cv2 cannot encode {path}")
     return buffer.tobytes()
 
 
-def resize_short_side(image: Pixels, short_side: int) -> Pixels:
-    """Scale H W 3 so that the shorter side is `short_side` pixels, keeping the aspect.
+def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width of a picture whose shorter side becomes `short_side`, keeping the aspect.
 
     Very long strips are scaled less, so that the result has at most eight times the pixels of the
     square: a panorama must not take more memory than the network was planned for.
     """
-    height, width = image.shape[:2]
     scale = short_side / min(height, width)
     scale = min(scale, (8 * short_side**2 / (height * width)) ** 0.5)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    if size == (width, height):
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def resize_short_side(image: Pixels, short_side: int) -> Pixels:
+    """Scale H W 3 as `scaled_size` says, without aliasing."""
+    height, width = scaled_size(image.shape[0], image.shape[1], short_side)
+    if (height, width) == image.shape[:2]:
         return image
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image, size, interpolation=interpolation), dtype=np.uint8)
+    interpolation = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_LINEAR
+    resized = cv2.resize(image, (width, height), interpolation=interpolation)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def resize_image(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """Scale H W 3 to `size` (height, width), five times as fast as without any aliasing."""
+    if size == image.shape[:2]:
+        return image
+    # Down to a half, linear interpolation still looks at every pixel.
+    interpolation = cv2.INTER_AREA if 2 * size[0] < image.shape[0] else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, size[::-1], interpolation=interpolation), dtype=np.uint8)
 
 
 def find_images(folder: Path) -> Iterator[Path]:

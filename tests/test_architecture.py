@@ -11,13 +11,14 @@ PACKAGE = Path(__file__).parents[1] / "segtrain"
 
 # Bottom to top. A module may import from its own storey's folder and from every lower storey.
 STOREYS = [
-    {"__init__", "errors", "classes", "stopping"},
+    {"__init__", "errors", "classes", "stopping", "cores"},
     {"config", "files", "progress"},
     {"images", "devices", "runs"},
     {"data", "models"},
     {"checkpoint"},
     {"evaluation"},
     {"training", "prediction"},
+    {"doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -32,6 +32,7 @@ from pycocotools.coco import COCO
 import segtrain
 from segtrain.data import open_dataset
 from segtrain.data.coco import CocoPeople, is_coco
+from segtrain.data.sample import LabelRules
 from segtrain.errors import DataError
 
 Mask = npt.NDArray[np.uint8]
@@ -46,7 +47,7 @@ def read_masks(root: Path, rows: list[Row], **options: Any) -> list[Mask]:
     images = options.pop("images", [image_row(1, HEIGHT, WIDTH)])
     write_coco(root, "val", images, rows, **options)
     source = CocoPeople(root, "val")
-    return [source[index].mask for index in range(len(source))]
+    return [source.sample(index).mask for index in range(len(source))]
 
 
 def read_mask(root: Path, *segmentations: Any) -> Mask:
@@ -151,6 +152,134 @@ def test_a_crowd_is_ignored_except_where_a_person_is_drawn(tmp_path: Path) -> No
     assert np.array_equal(mask, expected)
 
 
+def two_people_and_a_crowd(root: Path) -> Path:
+    rows = [
+        annotation_row(1, 1, [[1.0, 1.0, 3.0, 1.0, 3.0, 4.0, 1.0, 4.0]]),  # 6 of 600 pixels
+        annotation_row(2, 1, [SQUARE]),  # 144
+        annotation_row(3, 1, [[20.0, 5.0, 28.0, 5.0, 28.0, 9.0, 20.0, 9.0]], iscrowd=1),  # 32
+    ]
+    write_coco(root, "val", [image_row(1, HEIGHT, WIDTH)], rows)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("rules", "small", "large", "crowd"),
+    [
+        (LabelRules(), 1, 1, 255),
+        (LabelRules(crowd="person"), 1, 1, 1),
+        (LabelRules(largest_only=True), 255, 1, 255),
+        (LabelRules(min_person_area=0.02), 255, 1, 255),
+        (LabelRules(min_person_area=0.5), 255, 255, 255),
+        (LabelRules(largest_only=True, crowd="person"), 255, 1, 1),
+    ],
+)
+def test_rules_say_who_is_person_and_who_is_ignored(
+    rules: LabelRules, small: int, large: int, crowd: int, tmp_path: Path
+) -> None:
+    source = CocoPeople(two_people_and_a_crowd(tmp_path), "val", rules)
+
+    expected = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    expected[5:9, 20:28] = crowd
+    expected[1:4, 1:3] = small
+    expected[3:15, 4:16] = large
+    assert np.array_equal(source.sample(0).mask, expected)
+    assert source.catalog.num_people.tolist() == [2]
+    assert source.catalog.has_crowd.tolist() == [True]
+    assert source.catalog.person_share[0] == pytest.approx((expected == 1).mean())
+
+
+def test_masks_are_drawn_at_the_size_asked_for(tmp_path: Path) -> None:
+    """A circle keeps its middle and its share of the frame, a crowd's runs stay on their place."""
+    height, width = 120, 160
+    angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    circle = np.stack([60 + 40 * np.cos(angles), 60 + 40 * np.sin(angles)], axis=1)
+    crowd = np.zeros((height, width), dtype=np.uint8)
+    crowd[20:60, 110:150] = 1
+    rows = [
+        annotation_row(1, 1, [circle.ravel().tolist()]),
+        annotation_row(2, 1, plain_runs(crowd), iscrowd=1),
+    ]
+    write_coco(tmp_path, "val", [image_row(1, height, width)], rows)
+    source = CocoPeople(tmp_path, "val")
+    for short_side in (30, 60, 90, 240):
+        sample = source.sample(0, short_side)
+        factor = short_side / height
+        assert sample.mask.shape == sample.image.shape[:2] == (short_side, round(width * factor))
+        y, x = np.nonzero(sample.mask == 1)
+        assert [y.mean() / factor, x.mean() / factor] == pytest.approx([60, 60], abs=1 / factor)
+        assert (sample.mask == 1).mean() == pytest.approx(
+            np.pi * 40**2 / (height * width), rel=0.06
+        )
+        y, x = np.nonzero(sample.mask == 255)
+        assert [y.mean() / factor, x.mean() / factor] == pytest.approx([40, 130], abs=1 / factor)
+
+
+# --------------------------------------------------------------------------- the kept index
+
+
+def test_a_second_start_reads_no_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = two_people_and_a_crowd(tmp_path)
+    first = CocoPeople(root, "val")
+    monkeypatch.setattr("segtrain.data.coco_index._read_json", None)
+    second = CocoPeople(root, "val")
+
+    assert np.array_equal(first.sample(0).mask, second.sample(0).mask)
+    for name in ("sizes", "person_share", "num_people", "has_crowd", "identities"):
+        assert np.array_equal(getattr(first.catalog, name), getattr(second.catalog, name)), name
+
+
+def test_an_edited_file_is_read_anew(tmp_path: Path) -> None:
+    root = two_people_and_a_crowd(tmp_path)
+    before = CocoPeople(root, "val").sample(0).mask
+    path = annotation_file(root, "val")
+    old = path.stat()
+    path.write_text(path.read_text().replace("16.0, 15.0", "16.0, 14.0"))
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))  # neither its size nor its time tells
+
+    assert path.stat().st_size == old.st_size
+    assert not np.array_equal(CocoPeople(root, "val").sample(0).mask, before)
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
+    root = two_people_and_a_crowd(tmp_path / "coco")
+    before = CocoPeople(root, "val").sample(0).mask
+    kept = sorted((tmp_path / "cache").glob("*.npz"))
+    assert len(kept) == 2
+    for content in (b"", b"nothing", kept[0].read_bytes()[:-40], flipped(kept[0].read_bytes())):
+        kept[0].write_bytes(content)
+        assert np.array_equal(CocoPeople(root, "val").sample(0).mask, before)
+        assert kept[0].read_bytes() != content
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit of a number in the first array."""
+    at = content.index(b"\x93NUMPY") + 128 + 1
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def test_a_cache_that_cannot_be_written_is_gone_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SEGTRAIN_CACHE", str(tmp_path / "file" / "cache"))
+    assert CocoPeople(two_people_and_a_crowd(tmp_path / "coco"), "val").sample(0).mask.any()
+
+
+def test_skipped_annotations_are_remembered(tmp_path: Path) -> None:
+    rows = [annotation_row(1, 1, [[1.0, 2.0]]), annotation_row(2, 1, [SQUARE])]
+    write_coco(tmp_path, "val", [image_row(1, HEIGHT, WIDTH)], rows)
+    skipped = [CocoPeople(tmp_path, "val").skipped for _ in range(2)]
+    assert skipped == [{"polygon malformed": 1}] * 2
+
+
+@pytest.mark.parametrize("value", [1 / 3, 12.345, 7.1, 1e-9])
+def test_coordinates_are_kept_to_the_last_bit(value: float, tmp_path: Path) -> None:
+    outline = [4.0, 3.0, 16.0, 3.25, 16.5, 15.01, value, 15.0]
+    read_masks(tmp_path, [annotation_row(1, 1, [outline])])
+    [kept] = CocoPeople(tmp_path, "val").index.polygons(0)
+    assert kept.tolist() == outline
+
+
 def test_a_crowd_may_be_a_polygon_or_compressed(tmp_path: Path) -> None:
     rows = [
         annotation_row(1, 1, [SQUARE], iscrowd=1),
@@ -198,9 +327,9 @@ def test_samples_come_in_the_order_of_the_file_with_their_own_picture(tmp_path: 
     source = CocoPeople(tmp_path, "train")
 
     assert len(source) == 3
-    assert source.sizes.tolist() == [list(size) for size in sizes.values()]
+    assert source.catalog.sizes.tolist() == [list(size) for size in sizes.values()]
     for index, (image_id, pixels) in enumerate(pictures.items()):
-        sample = source[index]
+        sample = source.sample(index)
         assert sample.image_id == str(image_id)
         assert np.array_equal(sample.image, pixels)
         assert sample.mask.shape == pixels.shape[:2]
@@ -210,7 +339,7 @@ def test_a_gray_jpeg_becomes_three_channels(tmp_path: Path) -> None:
     images = [image_row(1, HEIGHT, WIDTH, "a.jpg")]
     gray = np.full((HEIGHT, WIDTH), 77, dtype=np.uint8)
     write_coco(tmp_path, "val", images, [], pictures={1: gray})
-    assert (CocoPeople(tmp_path, "val")[0].image == np.full((HEIGHT, WIDTH, 3), 77)).all()
+    assert (CocoPeople(tmp_path, "val").sample(0).image == np.full((HEIGHT, WIDTH, 3), 77)).all()
 
 
 def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
@@ -220,7 +349,7 @@ def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6
     plane = Image.new("RGB", (WIDTH, HEIGHT))
     plane.save(tmp_path / "val2017" / "a.jpg", exif=exif)
-    assert CocoPeople(tmp_path, "val")[0].image.shape == (HEIGHT, WIDTH, 3)
+    assert CocoPeople(tmp_path, "val").sample(0).image.shape == (HEIGHT, WIDTH, 3)
 
 
 def test_a_picture_of_another_size_than_annotated_is_damaged(tmp_path: Path) -> None:
@@ -228,7 +357,7 @@ def test_a_picture_of_another_size_than_annotated_is_damaged(tmp_path: Path) -> 
     Image.new("RGB", (WIDTH, HEIGHT + 1)).save(tmp_path / "val2017" / "a.png")
     source = CocoPeople(tmp_path, "val")
     with pytest.raises(DataError, match=r"a\.png is 30x21, its annotation says 30x20"):
-        source[0]
+        source.sample(0)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\xff\xd8\xff"])
@@ -237,7 +366,7 @@ def test_a_damaged_picture_is_a_data_error(content: bytes, tmp_path: Path) -> No
     (tmp_path / "val2017" / "a.jpg").write_bytes(content)
     source = CocoPeople(tmp_path, "val")
     with pytest.raises(DataError, match=r"a\.jpg"):
-        source[0]
+        source.sample(0)
 
 
 def without_pictures(root: Path, *, total: int, missing: int) -> None:
@@ -253,8 +382,8 @@ def test_a_few_missing_pictures_are_left_out_and_counted(
     without_pictures(tmp_path, total=total, missing=missing)
     source = CocoPeople(tmp_path, "val")
     assert source.skipped == {"picture missing": missing}
-    assert len(source) == len(source.sizes) == total - missing
-    assert source[0].image_id == str(missing)
+    assert len(source) == len(source.catalog.sizes) == total - missing
+    assert source.sample(0).image_id == str(missing)
 
 
 @pytest.mark.parametrize(("total", "missing"), [(4, 2), (4, 4), (150, 2), (200, 3)])
@@ -274,7 +403,7 @@ def test_pictures_may_lie_in_sub_folders(tmp_path: Path) -> None:
     images = [image_row(1, 4, 4, "a/b/x.png"), image_row(2, 4, 4, "./y.png"), image_row(3, 4, 4)]
     write_coco(tmp_path, "val", images, [])
     source = CocoPeople(tmp_path, "val")
-    assert [source[i].image_id for i in range(len(source))] == ["1", "2", "3"]
+    assert [source.sample(i).image_id for i in range(len(source))] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -303,7 +432,7 @@ def test_reading_changes_nothing_in_the_users_folder(tmp_path: Path) -> None:
         source = CocoPeople(root, split)
         for index in range(len(source)):
             with contextlib.suppress(DataError):
-                source[index]
+                source.sample(index)
     assert fingerprint() == before
 
 
@@ -390,7 +519,7 @@ def test_a_broken_region_is_left_out_and_counted(broken: Any, tmp_path: Path) ->
     assert source.skipped.total() == 1
     expected = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     expected[3:15, 4:16] = 1
-    assert np.array_equal(source[0].mask, expected)
+    assert np.array_equal(source.sample(0).mask, expected)
 
 
 def test_an_annotation_without_segmentation_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -408,7 +537,7 @@ def test_a_number_too_large_for_a_float_is_left_out(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("16.0", "1e400", 1))
     source = CocoPeople(tmp_path, "val")
     assert source.skipped == {"polygon malformed": 1}
-    assert not source[0].mask.any()
+    assert not source.sample(0).mask.any()
 
 
 @pytest.mark.parametrize(("good", "broken"), [(0, 1), (1, 1), (98, 1), (198, 2)])
@@ -440,7 +569,7 @@ with open("/proc/self/statm") as file:
 limit = taken + 500_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 source = CocoPeople(Path(sys.argv[1]), "val")
-print(set(source[0].mask.ravel().tolist()) <= {0, 1}, source.skipped.total())
+print(set(source.sample(0).mask.ravel().tolist()) <= {0, 1}, source.skipped.total())
 """
 
 
@@ -593,7 +722,9 @@ def test_a_file_name_that_leaves_the_root_is_refused_before_any_is_opened(
     name: str, small_coco: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
-    monkeypatch.setattr("segtrain.data.coco.read_image", lambda path, **_: opened.append(path))
+    monkeypatch.setattr(
+        "segtrain.data.coco.read_sized_image", lambda path, **_: opened.append(path)
+    )
     Image.new("RGB", (WIDTH, HEIGHT)).save(small_coco / "secret.png")
     rows = [image_row(1, HEIGHT, WIDTH), image_row(13, HEIGHT, WIDTH) | {"file_name": name}]
     change_annotations(small_coco, images=rows)
@@ -644,7 +775,7 @@ def mask_of(root: Path, segmentation: Any, *, iscrowd: int = 0) -> tuple[Mask, i
     row = annotation_row(1, 1, segmentation, iscrowd=iscrowd)
     change_annotations(root, annotations=[row])
     source = CocoPeople(root, "val")
-    return source[0].mask, source.skipped.total()
+    return source.sample(0).mask, source.skipped.total()
 
 
 NUMBERS = st.one_of(

@@ -99,7 +99,7 @@ def test_eval_finds_the_number_of_the_training_again(
 
     numbers = json.loads(finished.out)
     assert finished.code == 0
-    assert numbers["data"] == str(toy_coco)
+    assert numbers["data"] == [str(toy_coco)]
     assert numbers["num_images"] == 4
     for key in ("person_iou", "mean_iou", "dice", "pixel_accuracy"):
         assert numbers[key] == pytest.approx(best.metrics[f"val/{key}"], abs=1e-6)

@@ -20,7 +20,13 @@ from PIL import EpsImagePlugin, Image
 import segtrain
 from segtrain.errors import DataError, ResourceError
 from segtrain.files import atomic_write, write_text
-from segtrain.images import find_images, read_image, resize_short_side, write_image
+from segtrain.images import (
+    find_images,
+    read_image,
+    read_sized_image,
+    resize_short_side,
+    write_image,
+)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -586,6 +592,56 @@ def test_shrinking_averages_instead_of_picking() -> None:
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::4] = 200
     assert (resize_short_side(stripes, 16) == 50).all()
+
+
+@pytest.fixture
+def large_jpeg(tmp_path: Path) -> Path:
+    """A smooth picture of 400 x 640 pixels."""
+    rows, columns = np.mgrid[:400, :640]
+    waves = [127 + 100 * np.sin(rows / a + columns / b) for a, b in ((40, 60), (70, 50), (90, 90))]
+    path = tmp_path / "large.jpg"
+    Image.fromarray(np.dstack(waves).astype(np.uint8)).save(path, quality=95)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("short_side", "smaller"), [(None, 1), (400, 1), (201, 1), (200, 2), (101, 2), (100, 4), (9, 8)]
+)
+def test_a_large_jpeg_is_decoded_as_small_as_allowed(
+    short_side: int | None, smaller: int, large_jpeg: Path
+) -> None:
+    pixels, size = read_sized_image(large_jpeg, short_side=short_side)
+
+    assert size == (400, 640)
+    assert pixels.shape == (400 // smaller, 640 // smaller, 3)
+    with Image.open(large_jpeg) as whole:
+        expected = np.asarray(whole.reduce(smaller))
+    assert difference(pixels, expected) < 2
+
+
+def test_plain_jpegs_are_decoded_to_pillows_very_pixels(large_jpeg: Path) -> None:
+    with Image.open(large_jpeg) as picture:
+        assert np.array_equal(read_image(large_jpeg), np.asarray(picture))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_a_cut_jpeg_is_refused_at_any_size(share: float, large_jpeg: Path) -> None:
+    content = large_jpeg.read_bytes()
+    large_jpeg.write_bytes(content[: int(len(content) * share)])
+    for short_side in (None, 50):
+        with pytest.raises(DataError, match=r"large\.jpg"):
+            read_sized_image(large_jpeg, short_side=short_side)
+
+
+def test_a_turned_jpeg_is_upright_at_any_size(large_jpeg: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(large_jpeg) as picture:
+        picture.save(large_jpeg, exif=exif)
+    pixels, size = read_sized_image(large_jpeg, short_side=50)
+    assert size == (640, 400)
+    assert pixels.shape[0] > pixels.shape[1]
+    assert read_sized_image(large_jpeg, upright=False, short_side=50)[1] == (400, 640)
 
 
 def test_find_images_sorts_and_leaves_out_what_is_hidden_or_no_picture(tmp_path: Path) -> None:

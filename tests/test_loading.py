@@ -9,11 +9,12 @@ import resource
 import signal
 import subprocess
 import sys
-import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -26,17 +27,20 @@ from torch.utils.data import get_worker_info
 import segtrain
 from segtrain.data.coco import CocoPeople
 from segtrain.data.loading import (
+    Backdrop,
     Batch,
     Batches,
     EpochSampler,
     SameSizeBatches,
+    TrainImages,
     eval_batches,
     resolve_workers,
     train_batches,
 )
-from segtrain.data.sample import Sample, tolerated
+from segtrain.data.sample import Catalog, Sample, tolerated
 from segtrain.data.transforms import TrainTransform
 from segtrain.errors import DataError, ResourceError
+from segtrain.images import resize_image, scaled_size
 
 IMAGE_SIZE = 24
 SIZES = [(30, 40), (40, 30), (24, 24), (24, 60), (50, 31), (33, 33), (26, 90), (60, 25), (24, 25)]
@@ -45,18 +49,34 @@ SIZES = [(30, 40), (40, 30), (24, 24), (24, 60), (50, 31), (33, 33), (26, 90), (
 class Pictures:
     """Noise with people and crowds in it, of the given sizes."""
 
-    def __init__(self, sizes: list[tuple[int, int]] = SIZES) -> None:
-        self.sizes = np.array(sizes, dtype=np.int32)
+    def __init__(self, sizes: list[tuple[int, int]] = SIZES, negatives: Sequence[int] = ()) -> None:
+        count = len(sizes)
+        self.catalog = Catalog(
+            sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
+            person_share=np.full(count, 0.5, dtype=np.float32),
+            num_people=np.array([index not in negatives for index in range(count)], dtype=np.int32),
+            has_crowd=np.zeros(count, dtype=bool),
+            identities=np.arange(count, dtype=np.uint64),
+        )
         self.skipped: Counter[str] = Counter()
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.catalog)
 
-    def __getitem__(self, index: int) -> Sample:
+    def sample(self, index: int, short_side: int | None = None) -> Sample:
         rng = np.random.default_rng(index)
-        height, width = self.sizes[index]
+        height, width = self.catalog.sizes[index]
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        return Sample(image=image, mask=blobs(rng, height, width), image_id=str(index))
+        mask = blobs(rng, height, width)
+        if short_side is not None:
+            size = scaled_size(height, width, short_side)
+            image = resize_image(image, size)
+            mask = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST)
+        return Sample(image=image, mask=mask, image_id=str(index))
+
+    def picture_path(self, index: int) -> Path:
+        return Path(self.describe(index))
 
     def describe(self, index: int) -> str:
         return f"picture {index}"
@@ -69,10 +89,10 @@ class PicturesWithFaults(Pictures):
         super().__init__(sizes)
         self.faulty = faulty
 
-    def __getitem__(self, index: int) -> Sample:
+    def sample(self, index: int, short_side: int | None = None) -> Sample:
         if index in self.faulty:
             self.fail(index)
-        return super().__getitem__(index)
+        return super().sample(index, short_side)
 
     def fail(self, index: int) -> None:
         raise DataError(f"{self.describe(index)} is damaged")
@@ -96,7 +116,7 @@ def training(
 ) -> Batches:
     return train_batches(
         source,
-        TrainTransform(IMAGE_SIZE, (1.0, 1.5)),
+        TrainTransform(IMAGE_SIZE, scale=(1.0, 1.5)),
         batch_size=batch_size,
         workers=workers,
         seed=seed,
@@ -168,13 +188,13 @@ def test_evaluation_scales_the_image_and_not_the_mask() -> None:
         assert min(batch["image"].shape[2:]) == 16
         assert batch["image"].is_contiguous(memory_format=torch.channels_last)
         for image_id, mask in zip(batch["image_id"], batch["mask"], strict=True):
-            assert np.array_equal(mask.numpy(), source[int(image_id)].mask)
+            assert np.array_equal(mask.numpy(), source.sample(int(image_id)).mask)
 
 
 def test_a_picture_already_of_the_networks_size_is_evaluated_as_it_is() -> None:
     source = Pictures([(16, 20)])
     (batch,) = evaluation(source, image_size=16)
-    assert np.array_equal(batch["image"][0].permute(1, 2, 0).numpy(), source[0].image)
+    assert np.array_equal(batch["image"][0].permute(1, 2, 0).numpy(), source.sample(0).image)
 
 
 # --------------------------------------------------------------------------- the same draws
@@ -228,8 +248,8 @@ def test_pictures_do_not_share_their_draws() -> None:
     """Eight times one picture: as good as all crops differ."""
 
     class OnePicture(Pictures):
-        def __getitem__(self, index: int) -> Sample:
-            first = super().__getitem__(0)
+        def sample(self, index: int, short_side: int | None = None) -> Sample:
+            first = super().sample(0, short_side)
             return Sample(image=first.image, mask=first.mask, image_id=str(index))
 
     assert len(set(crops(list(training(OnePicture([(60, 80)] * 8)))).values())) >= 7
@@ -244,11 +264,11 @@ def test_each_epoch_is_another_order_of_every_picture() -> None:
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
-@given(count=st.integers(0, 40), seed=st.integers(0, 2**40), epoch=st.integers(0, 10_000))
+@given(count=st.integers(1, 40), seed=st.integers(0, 2**40), epoch=st.integers(0, 10_000))
 def test_the_sampler_visits_every_index_once_and_says_the_epoch(
     count: int, seed: int, epoch: int
 ) -> None:
-    sampler = EpochSampler(count, seed)
+    sampler = EpochSampler([count], seed)
     sampler.epoch = epoch
     assert sorted(sampler) == [(epoch, index) for index in range(count)]
     assert list(sampler) == list(sampler)
@@ -272,79 +292,118 @@ def test_loading_draws_from_nobody_elses_generator(workers: int) -> None:
 # --------------------------------------------------------------------------- crops
 
 
-def picture_that_knows_its_places(height: int, width: int) -> Sample:
-    """Each pixel holds its column, its row and a code of its mask value."""
-    mask = np.zeros((height, width), dtype=np.uint8)
-    mask[height // 4 : 3 * height // 4, width // 5 : width // 2] = 1
-    mask[height // 2 :, 2 * width // 3 :] = 255
-    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
-    code = np.select([mask == 1, mask == 255], [100, 200], 0).astype(np.uint8)
-    return Sample(image=np.dstack([columns, rows, code]), mask=mask, image_id="x")
+# --------------------------------------------------------------------------- several data sets
 
 
-def moved(transform: TrainTransform, sample: Sample, count: int) -> Iterator[Sample]:
-    return (transform(sample, seed=0, epoch=epoch, index=0) for epoch in range(count))
+def indices(sampler: EpochSampler, epoch: int = 0) -> list[int]:
+    sampler.epoch = epoch
+    return [index for _, index in sampler]
 
 
-@pytest.mark.parametrize(("height", "width"), [(IMAGE_SIZE, 70), (70, IMAGE_SIZE)])
-def test_a_crop_is_a_window_of_the_picture_and_of_the_mask(height: int, width: int) -> None:
-    sample = picture_that_knows_its_places(height, width)
-    flips, corners = Counter[bool](), set()
-
-    for crop in moved(TrainTransform(IMAGE_SIZE, (1.0, 1.0)), sample, 60):
-        columns, rows = crop.image[..., 0], crop.image[..., 1]
-        assert crop.image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
-        # The pixels say from where they come: one window, straight or mirrored, not turned.
-        flipped = bool(columns[0, 0] > columns[0, -1])
-        left, top = int(columns.min()), int(rows.min())
-        window = np.s_[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
-        expected_image, expected_mask = sample.image[window], sample.mask[window]
-        if flipped:
-            expected_image, expected_mask = expected_image[:, ::-1], expected_mask[:, ::-1]
-        assert np.array_equal(crop.image, expected_image)
-        assert np.array_equal(crop.mask, expected_mask)
-        flips[flipped] += 1
-        corners.add((left, top))
-
-    assert min(flips[True], flips[False]) >= 15
-    assert len(corners) >= 20
+def test_weights_are_shares_of_an_epoch() -> None:
+    counts = Counter(index >= 30 for index in indices(EpochSampler([30, 70], 0, weights=[3, 1])))
+    assert counts == {False: 75, True: 25}
 
 
-@pytest.mark.parametrize("scale", [(1.0, 1.0), (1.0, 2.0), (3.0, 4.0)])
-@pytest.mark.parametrize("size", [(20, 30), (60, 50), (100, 200)])
-def test_scaling_keeps_the_mask_on_the_image_and_its_values(
-    scale: tuple[float, float], size: tuple[int, int]
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    data=st.data(),
+    epoch=st.integers(0, 3),
+)
+def test_no_picture_comes_again_before_all_of_its_set_have_come(
+    lengths: list[int], data: st.DataObject, epoch: int
 ) -> None:
-    sample = picture_that_knows_its_places(*size)
-    compared = 0
-    for crop in moved(TrainTransform(IMAGE_SIZE, scale), sample, 20):
-        assert set(np.unique(crop.mask)) <= {0, 1, 255}
-        assert crop.image.dtype == crop.mask.dtype == np.uint8
-        # Interpolation mixes the codes where two values meet; elsewhere they must agree exactly.
-        code = np.select([crop.mask == 1, crop.mask == 255], [100, 200], 0)
-        reach = 2 + round(IMAGE_SIZE * scale[1] / min(size))
-        inside = away_from_edges(crop.mask, reach)
-        assert np.array_equal(crop.image[..., 2][inside], code[inside])
-        compared += int(inside.sum())
-    assert compared > 20 * IMAGE_SIZE
+    weight = st.floats(0.01, 10)
+    weights = data.draw(st.lists(weight, min_size=len(lengths), max_size=len(lengths)))
+    found = indices(EpochSampler(lengths, 0, weights=weights), epoch)
+
+    assert len(found) == sum(lengths)
+    starts = np.cumsum([0, *lengths])
+    for start, end in pairwise(starts):
+        of_set = Counter(dict.fromkeys(range(start, end), 0))
+        of_set.update(index for index in found if start <= index < end)
+        assert max(of_set.values()) - min(of_set.values()) <= 1
+    wanted = np.array(weights) / sum(weights) * sum(lengths)
+    got = [sum(s <= i < e for i in found) for s, e in pairwise(starts)]
+    assert np.abs(wanted - got).max() <= 1
 
 
-def away_from_edges(mask: npt.NDArray[np.uint8], reach: int) -> npt.NDArray[np.bool_]:
-    """Where all neighbours have the same value; not at the rim, whose neighbours are cut off."""
-    side = 2 * reach + 1
-    windows = np.lib.stride_tricks.sliding_window_view(mask, (side, side))
-    return np.pad(windows.min(axis=(2, 3)) == windows.max(axis=(2, 3)), reach)
+def test_weighted_sets_are_mixed_and_no_epoch_is_like_another() -> None:
+    sampler = EpochSampler([50, 50], 0, weights=[1, 1])
+    first, second = indices(sampler, 0), indices(sampler, 1)
+    assert first != second
+    assert 15 < sum(index < 50 for index in first[:50]) < 35
+    assert indices(EpochSampler([50, 50], 0, weights=[1, 1]), 1) == second
 
 
-def test_the_scale_is_drawn_from_its_range() -> None:
-    """Neighbouring columns differ by one over the factor."""
-    sample = picture_that_knows_its_places(IMAGE_SIZE, 100)
-    spans = []
-    for crop in moved(TrainTransform(IMAGE_SIZE, (1.0, 2.0)), sample, 60):
-        columns = crop.image[..., 0].astype(int)
-        spans.append((columns.max() - columns.min() + 1) / IMAGE_SIZE)
-    assert 0.4 <= min(spans) < 0.6
-    assert 0.85 < max(spans) <= 1.0
+# --------------------------------------------------------------------------- several processes
+
+
+@given(total=st.integers(1, 50), world_size=st.integers(1, 6), epoch=st.integers(0, 2))
+def test_processes_share_an_epoch_in_equal_parts(total: int, world_size: int, epoch: int) -> None:
+    alone = indices(EpochSampler([total], 3), epoch)
+    parts = [
+        indices(EpochSampler([total], 3, rank=rank, world_size=world_size), epoch)
+        for rank in range(world_size)
+    ]
+
+    assert len({len(part) for part in parts}) == 1
+    assert len(EpochSampler([total], 3, world_size=world_size)) == len(parts[0])
+    together = [index for group in zip(*parts, strict=True) for index in group]
+    # Side by side they see what one process sees, and at the end the first ones again.
+    assert together[:total] == alone
+    assert len(together) - total < world_size
+
+
+@given(
+    sizes=st.lists(st.sampled_from([(9, 9), (9, 12)]), max_size=30), world_size=st.integers(1, 5)
+)
+def test_processes_judge_every_picture_once(sizes: list[tuple[int, int]], world_size: int) -> None:
+    batches = [
+        batch
+        for rank in range(world_size)
+        for batch in SameSizeBatches(Pictures(sizes), 4, rank=rank, world_size=world_size)
+    ]
+    assert sorted(index for batch in batches for index in batch) == list(range(len(sizes)))
+
+
+# --------------------------------------------------------------------------- backdrops
+
+
+class Pasting:
+    """A transform that shows the backdrop it is given."""
+
+    def short_side(self, *, seed: int, epoch: int, index: int) -> int:
+        return 24
+
+    def __call__(
+        self, sample: Sample, *, seed: int, epoch: int, index: int, backdrop: Backdrop | None
+    ) -> Sample:
+        assert backdrop is not None
+        picture = backdrop(seed + epoch + index)
+        image = sample.image if picture is None else picture
+        mask = np.zeros(image.shape[:2], dtype=np.uint8)
+        return Sample(image=image, mask=mask, image_id=sample.image_id)
+
+
+def test_backdrops_are_pictures_without_people_at_the_same_scale() -> None:
+    source = Pictures([(48, 48)] * 6, negatives=[2, 5])
+    images = TrainImages(source, Pasting(), seed=0)
+    for index in range(6):
+        sample = images[(0, index)]
+        assert isinstance(sample, Sample)
+        expected = source.sample([2, 5][index % 2], 24).image
+        assert np.array_equal(sample.image, expected)
+
+
+def test_without_a_whole_negative_there_is_no_backdrop() -> None:
+    nobody_is_absent = TrainImages(Pictures([(48, 48)] * 2), Pasting(), seed=0)
+    damaged = PicturesWithFaults({1}, [(48, 48)] * 2)
+    damaged.catalog.num_people[1] = 0
+    for images in (nobody_is_absent, TrainImages(damaged, Pasting(), seed=0)):
+        sample = images[(0, 0)]
+        assert isinstance(sample, Sample)
+        assert np.array_equal(sample.image, Pictures([(48, 48)]).sample(0, 24).image)
 
 
 # --------------------------------------------------------------------------- one size a batch
@@ -358,7 +417,6 @@ def test_same_size_batches_cover_everything_once(
     sizes: list[tuple[int, int]], batch_size: int
 ) -> None:
     source = Pictures(sizes)
-    source.sizes = source.sizes.reshape(-1, 2)  # of no pictures as well
     batches = SameSizeBatches(source, batch_size)
 
     assert sorted(index for batch in batches for index in batch) == list(range(len(sizes)))
@@ -455,8 +513,8 @@ def test_a_killed_worker_is_a_resource_error() -> None:
 
 
 class GroupsOfTheirWorkers(Pictures):
-    def __getitem__(self, index: int) -> Sample:
-        sample = super().__getitem__(index)
+    def sample(self, index: int, short_side: int | None = None) -> Sample:
+        sample = super().sample(index, short_side)
         return Sample(image=sample.image, mask=sample.mask, image_id=str(os.getpgrp()))
 
 
@@ -544,27 +602,3 @@ def test_auto_is_a_process_for_every_second_core(
 @pytest.mark.parametrize("workers", [0, 1, 30])
 def test_a_number_of_workers_is_taken_as_it_is(workers: int) -> None:
     assert resolve_workers(workers) == workers
-
-
-@pytest.mark.parametrize("size", [(3, 40_000), (40_000, 3)])
-def test_a_crop_of_an_endless_strip_takes_little_memory_and_comes_from_all_of_it(
-    size: tuple[int, int],
-) -> None:
-    """Scaled whole, until its short side fills the crop, the strip would take 23 MB."""
-    ramp = (
-        np.linspace(0, 255, max(size)).astype(np.uint8).reshape([-1 if n > 3 else 1 for n in size])
-    )
-    image = np.repeat(np.broadcast_to(ramp, size)[..., None], 3, axis=2)
-    strip = Sample(image=image, mask=np.ones(size, dtype=np.uint8), image_id="strip")
-    transform = TrainTransform(IMAGE_SIZE, (1, 1))
-
-    tracemalloc.start()
-    crops = [transform(strip, seed=0, epoch=epoch, index=0) for epoch in range(40)]
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-
-    assert peak < 5e6
-    assert all(crop.image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) for crop in crops)
-    means = [crop.image.mean() for crop in crops]
-    assert min(means) < 60
-    assert max(means) > 195

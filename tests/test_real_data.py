@@ -25,7 +25,7 @@ def test_masks_equal_the_union_of_pycocotools(
 
     empty = 0
     for index in range(len(source)):
-        sample = source[index]
+        sample = source.sample(index)
         annotations = coco.loadAnns(coco.getAnnIds(int(sample.image_id), person))
         expected = np.zeros(sample.mask.shape, dtype=np.uint8)
         for crowd, value in ((1, 255), (0, 1)):

@@ -1,47 +1,23 @@
-"""People in COCO layout: `train2017/ val2017/ annotations/instances_train2017.json ...`.
+"""People in COCO layout: `train2017/ val2017/ annotations/instances_train2017.json ...`."""
 
-The annotation file comes from strangers and pycocotools trusts what it is given: one NaN coordinate
-ends the process, short run lengths give uninitialised memory as mask. So everything is checked
-here, once, before pycocotools sees it.
-"""
-
-import json
+import hashlib
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeGuard
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
 from segtrain.classes import BACKGROUND, IGNORE, PERSON
-from segtrain.data.sample import Sample, tolerated
+from segtrain.data.cache import Arrays, cached_arrays
+from segtrain.data.coco_index import INDEX_VERSION, CocoIndex, read_index
+from segtrain.data.sample import Catalog, LabelRules, Sample, tolerated
 from segtrain.errors import DataError
-from segtrain.images import read_image
+from segtrain.images import read_sized_image, resize_image, scaled_size
+from segtrain.progress import progress_bar
 
-# pycocotools overflows on far coordinates; nothing sane lies this far outside a picture.
-_FAR = 1e5
-# It also keeps five points for each pixel of an outline, in or out of the picture.
-_LONGEST_OUTLINE = 1e6
-
-Polygon = list[float]
-RunLengths = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class _Image:
-    """One picture and the regions in it that matter for people."""
-
-    image_id: int
-    file_name: str
-    height: int
-    width: int
-    polygons: list[Polygon]
-    people_runs: list[RunLengths]
-    crowd_polygons: list[Polygon]
-    crowd_runs: list[RunLengths]
 
 
 def is_coco(root: Path) -> bool:
@@ -57,257 +33,199 @@ class CocoPeople:
     Args:
         root: folder in COCO layout. Nothing outside it is ever opened.
         split: "train" or "val".
+        rules: which regions are person and which are ignored.
 
     Raises:
         DataError: no such split, a malformed annotation file, or more than 1 % of its person
             annotations or pictures unusable. Fewer are left out and counted in `skipped`.
     """
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, rules: LabelRules = LabelRules()) -> None:  # noqa: B008
         self.root = root
+        self.rules = rules
+        self.notes: list[str] = []
         self.image_dir = root / f"{split}2017"
-        self.skipped: Counter[str] = Counter()
         path = root / "annotations" / f"instances_{split}2017.json"
-        content = _read_json(path)
-        self._images = self._existing(_index(content, path, self.skipped))
-        if not self._images:
+        self.index = read_index(path)
+        self.skipped = Counter(self.index.skipped)
+        names = self.index.all_names()
+        present = self._present(names)
+        if not present.any():
             raise DataError(f"{path} lists no picture that exists in {self.image_dir}")
-        self.sizes = np.array([(i.height, i.width) for i in self._images], dtype=np.int32)
+        areas = _measured(self.index, rules)
+        self._region_areas = areas["region_areas"]
+        self._rows = np.flatnonzero(present)
+        self.catalog = _catalog(self.index, areas["people_areas"]).take(self._rows)
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._rows)
 
-    def __getitem__(self, index: int) -> Sample:
-        entry = self._images[index]
-        path = self.image_dir / entry.file_name
+    def sample(self, index: int, short_side: int | None = None) -> Sample:
+        """As `Source.sample`; the mask is drawn at the size that is asked for."""
+        row = int(self._rows[index])
+        height, width = int(self.index.heights[row]), int(self.index.widths[row])
+        path = self.picture_path(index)
         # COCO's annotations mean the stored pixels, whatever EXIF says.
-        image = read_image(path, upright=False)
-        if image.shape[:2] != (entry.height, entry.width):
+        image, stored = read_sized_image(path, upright=False, short_side=short_side)
+        if stored != (height, width):
             raise DataError(
-                f"{path} is {image.shape[1]}x{image.shape[0]}, its annotation says "
-                f"{entry.width}x{entry.height}; restore the original picture"
+                f"{path} is {stored[1]}x{stored[0]}, its annotation says {width}x{height}; "
+                "restore the original picture"
             )
-        return Sample(image=image, mask=_draw(entry), image_id=str(entry.image_id))
+        size = (height, width)
+        if short_side is not None:
+            size = scaled_size(height, width, short_side)
+            image = resize_image(image, size)
+        mask = _draw(self.index, row, _roles(self.index, row, self.rules, self._region_areas), size)
+        return Sample(image=image, mask=mask, image_id=str(self.index.image_ids[row]))
 
-    def _existing(self, images: list[_Image]) -> list[_Image]:
-        """Leave out the pictures that are not there; many missing ones are an error."""
+    def picture_path(self, index: int) -> Path:
+        return self.image_dir / self.index.name(int(self._rows[index]))
+
+    def stem(self, index: int) -> str:
+        return str(PurePosixPath(self.index.name(int(self._rows[index]))).with_suffix(""))
+
+    def _present(self, names: list[str]) -> npt.NDArray[np.bool_]:
+        """Which pictures are there; many missing ones are an error."""
         if not self.image_dir.is_dir():
             raise DataError(f"{self.image_dir} is missing; put the pictures of the split there")
         # Names may hold sub-folders, so each folder is listed once instead of asking file by file.
-        folders = {PurePosixPath(image.file_name).parent for image in images}
-        present = {
-            str(folder / name) for folder in folders for name in _names(self.image_dir / folder)
+        folders = {name.rpartition("/")[0] for name in names}
+        there = {
+            f"{folder}/{name}" if folder else name
+            for folder in folders
+            for name in _names(self.image_dir / folder)
         }
-        missing = [i.file_name for i in images if str(PurePosixPath(i.file_name)) not in present]
-        if len(missing) > tolerated(len(images)):
+        present = np.fromiter((name in there for name in names), dtype=bool, count=len(names))
+        missing = [name for name in names if name not in there]
+        if len(missing) > tolerated(len(names)):
             raise DataError(
-                f"{len(missing)} of {len(images)} pictures are missing in {self.image_dir}, first "
-                f"{_first(missing)}; download them again"
+                f"{len(missing)} of {len(names)} pictures are missing in {self.image_dir}, first "
+                f"{', '.join(missing[:5])}; download them again"
             )
         if missing:
             self.skipped["picture missing"] = len(missing)
-        return [i for i in images if str(PurePosixPath(i.file_name)) in present]
+        return present
 
 
 def _names(folder: Path) -> list[str]:
     """Names in a folder; none where there is no such folder or no disk could hold its name."""
     try:
-        return [path.name for path in folder.iterdir()]
+        return os.listdir(folder)  # noqa: PTH208, a Path each would take seconds
     except (OSError, ValueError):
         return []
 
 
-def _draw(entry: _Image) -> Mask:
-    """H W uint8 in {0, 1, 255}."""
-    height, width = entry.height, entry.width
-    mask = np.full((height, width), BACKGROUND, dtype=np.uint8)
-    mask[_region(entry.crowd_polygons, entry.crowd_runs, height, width)] = IGNORE
-    mask[_region(entry.polygons, entry.people_runs, height, width)] = PERSON
+def _catalog(index: CocoIndex, people_areas: npt.NDArray[np.int64]) -> Catalog:
+    counts = np.diff(index.region_starts)
+    owners = np.repeat(np.arange(len(index)), counts)
+    num_crowds = np.bincount(owners[index.crowd], minlength=len(index))
+    sizes = np.stack([index.heights, index.widths], axis=1)
+    frames = sizes.astype(np.int64).prod(axis=1)
+    return Catalog(
+        sizes=sizes,
+        person_share=(people_areas / frames).astype(np.float32),
+        num_people=(counts - num_crowds).astype(np.int32),
+        has_crowd=num_crowds > 0,
+        identities=index.identities,
+    )
+
+
+def _measured(index: CocoIndex, rules: LabelRules) -> dict[str, npt.NDArray[np.int64]]:
+    """Pixels of every region, and of the people of every picture under the rules."""
+
+    def measure() -> Arrays:
+        from pycocotools import mask as coco_mask
+
+        region_areas = np.zeros(len(index.crowd), dtype=np.int64)
+        people_areas = np.zeros(len(index), dtype=np.int64)
+        with progress_bar(total=len(index), desc="measuring people") as bar:
+            for row in range(len(index)):
+                size = int(index.heights[row]), int(index.widths[row])
+                for region in index.regions(row):
+                    rle = _encoded(index, region, size)
+                    region_areas[region] = coco_mask.area(rle)
+                roles = _roles(index, row, rules, region_areas)
+                people = [_encoded(index, r, size) for r, role in roles.items() if role == PERSON]
+                if people:
+                    people_areas[row] = coco_mask.area(coco_mask.merge(people))
+                bar.update()
+        return {"region_areas": region_areas, "people_areas": people_areas}
+
+    of = hashlib.sha256(f"{index.digest} {rules}".encode()).hexdigest()
+    kept = cached_arrays(f"coco-areas-v{INDEX_VERSION}-{of}", measure)
+    return {name: array.astype(np.int64) for name, array in kept.items()}
+
+
+def _roles(
+    index: CocoIndex, row: int, rules: LabelRules, region_areas: npt.NDArray[np.int64]
+) -> dict[int, int]:
+    """Region → PERSON or IGNORE, for the regions of one picture."""
+    regions = index.regions(row)
+    crowd_role = PERSON if rules.crowd == "person" else IGNORE
+    roles = {region: crowd_role if index.crowd[region] else PERSON for region in regions}
+    people = [region for region in regions if not index.crowd[region]]
+    smallest = rules.min_person_area * int(index.heights[row]) * int(index.widths[row])
+    largest = max(people, key=lambda region: int(region_areas[region]), default=None)
+    for region in people:
+        too_small = region_areas[region] < smallest
+        if too_small or (rules.largest_only and region != largest):
+            roles[region] = IGNORE
+    return roles
+
+
+def _draw(index: CocoIndex, row: int, roles: dict[int, int], size: tuple[int, int]) -> Mask:
+    """H W uint8 in {0, 1, 255} at any size."""
+    mask = np.full(size, BACKGROUND, dtype=np.uint8)
+    original = int(index.heights[row]), int(index.widths[row])
+    # Where a person is drawn over a crowd, it is a person.
+    for role in (IGNORE, PERSON):
+        regions = [region for region, its_role in roles.items() if its_role == role]
+        polygons = [polygon for region in regions for polygon in index.polygons(region)]
+        if polygons:
+            mask[_filled(polygons, original, size)] = role
+        for region in regions:
+            if len(index.runs[region]):
+                mask[_unrolled(index.runs[region], original, size)] = role
     return mask
 
 
-def _region(
-    polygons: list[Polygon], run_lengths: list[RunLengths], height: int, width: int
+def _filled(
+    polygons: list[npt.NDArray[np.float64]], original: tuple[int, int], size: tuple[int, int]
 ) -> npt.NDArray[np.bool_]:
-    """Union of polygons and run lengths, H W bool."""
-    region = np.zeros((height, width), dtype=bool)
-    if polygons:
-        from pycocotools import mask as coco_mask
+    """Union of polygons, given at the original size and drawn at `size`: H W bool."""
+    from pycocotools import mask as coco_mask
 
-        region |= coco_mask.decode(
-            coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-        ).astype(bool)
-    for runs in run_lengths:
-        values = np.arange(len(runs)) % 2 == 1
-        # COCO's run lengths go down the columns.
-        region |= np.repeat(values, runs).reshape(width, height).T
-    return region
+    if size != original:
+        factors = np.array([size[1] / original[1], size[0] / original[0]])
+        polygons = [(polygon.reshape(-1, 2) * factors).ravel() for polygon in polygons]
+    decoded = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *size)))
+    # It comes column by column; OpenCV turns it several times faster than numpy.
+    return np.asarray(cv2.transpose(decoded.T), dtype=np.uint8).view(bool)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; is this the root of a COCO data set?") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); download it again") from None
-    for key in ("images", "annotations", "categories"):
-        rows = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise DataError(f"{path} has no list of {key!r}; it is no COCO instances file")
-    return content  # type: ignore[no-any-return]
-
-
-def _index(content: Mapping[str, Any], path: Path, skipped: Counter[str]) -> list[_Image]:
-    """The checked pictures of a COCO file with their person regions, in the file's order."""
-    person_ids = {
-        row["id"]
-        for row in content["categories"]
-        if row.get("name") == "person" and _is_int(row.get("id"))
-    }
-    if not person_ids:
-        raise DataError(f"{path} has no category named 'person'")
-    images = _index_images(content["images"], path)
-    dangling: list[str] = []
-    num_people = num_bad = 0
-    for row in content["annotations"]:
-        category = row.get("category_id")
-        if not _is_int(category) or category not in person_ids:
-            continue
-        num_people += 1
-        image_id = row.get("image_id")
-        if not _is_int(image_id) or image_id not in images:
-            dangling.append(str(row.get("id")))
-            continue
-        problem = _add_region(images[image_id], row)
-        if problem:
-            skipped[problem] += 1
-            num_bad += 1
-    if dangling:
-        raise DataError(
-            f"{path}: {len(dangling)} annotations belong to no listed picture, first ids "
-            f"{_first(dangling)}; mend the file"
+def _unrolled(
+    runs: npt.NDArray[np.int32], original: tuple[int, int], size: tuple[int, int]
+) -> npt.NDArray[np.bool_]:
+    """COCO's run lengths, which go down the columns: H W bool at `size`."""
+    height, width = original
+    values = (np.arange(len(runs)) % 2).astype(np.uint8)
+    region = np.repeat(values, runs).reshape(width, height).T
+    if size != original:
+        region = np.asarray(
+            cv2.resize(np.ascontiguousarray(region), size[::-1], interpolation=cv2.INTER_NEAREST),
+            dtype=np.uint8,
         )
-    if num_bad > tolerated(num_people):
-        reason, _ = skipped.most_common(1)[0]
-        raise DataError(
-            f"{path}: {num_bad} of {num_people} person annotations are broken, mostly {reason}; "
-            "download the file again"
-        )
-    return list(images.values())
+    return region.view(bool)
 
 
-def _index_images(rows: Iterable[Mapping[str, Any]], path: Path) -> dict[int, _Image]:
-    images: dict[int, _Image] = {}
-    bad: list[str] = []
-    twice: list[str] = []
-    for row in rows:
-        image_id, name = row.get("id"), row.get("file_name")
-        height, width = row.get("height"), row.get("width")
-        if not (_is_int(image_id) and isinstance(name, str)):
-            bad.append(str(image_id))
-            continue
-        if not (_is_side(height) and _is_side(width)):
-            bad.append(str(image_id))
-            continue
-        if not _stays_inside(name):
-            raise DataError(
-                f"{path}: file_name {name!r} of image {image_id} leaves the data set; mend the file"
-            )
-        if image_id in images:
-            twice.append(str(image_id))
-        images[image_id] = _Image(image_id, name, height, width, [], [], [], [])
-    if bad:
-        raise DataError(
-            f"{path}: {len(bad)} images lack a usable id, file_name, height or width, first ids "
-            f"{_first(bad)}; mend the file"
-        )
-    if twice:
-        raise DataError(f"{path}: image ids appear twice, first {_first(twice)}; mend the file")
-    return images
+def _encoded(index: CocoIndex, region: int, size: tuple[int, int]) -> dict[str, object]:
+    """A region as pycocotools' compressed run lengths."""
+    from pycocotools import mask as coco_mask
 
-
-def _add_region(image: _Image, row: Mapping[str, Any]) -> str | None:
-    """Check one annotation and add its region to its picture; or say what is wrong with it."""
-    crowd = bool(row.get("iscrowd"))
-    segmentation = row.get("segmentation")
-    if isinstance(segmentation, list):
-        if not segmentation or not all(_is_polygon(polygon) for polygon in segmentation):
-            return "polygon malformed"
-        (image.crowd_polygons if crowd else image.polygons).extend(segmentation)
-        return None
-    if isinstance(segmentation, dict):
-        runs = _run_lengths(segmentation, image.height, image.width)
-        if runs is None:
-            return "run lengths malformed"
-        (image.crowd_runs if crowd else image.people_runs).append(runs)
-        return None
-    return "segmentation missing"
-
-
-def _is_polygon(polygon: Any) -> bool:
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-        return False
-    for value in polygon:
-        # Not below _FAR are NaN and infinity either.
-        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _FAR:
-            return False
-    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
-    steps = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1)
-    return bool(steps.sum() < _LONGEST_OUTLINE)
-
-
-def _run_lengths(segmentation: Mapping[str, Any], height: int, width: int) -> RunLengths | None:
-    """COCO's run lengths, plain or compressed, if they cover exactly this picture."""
-    counts = segmentation.get("counts")
-    if segmentation.get("size") != [height, width]:
-        return None
-    if isinstance(counts, str):
-        counts = _decompress(counts, most=height * width + 1)
-    if not isinstance(counts, list) or not all(_is_int(run) and run >= 0 for run in counts):
-        return None
-    if sum(counts) != height * width:
-        return None
-    return np.array(counts, dtype=np.int64)
-
-
-def _decompress(text: str, most: int) -> list[int] | None:
-    """COCO's text form of run lengths: 5 bits a character, each run from the 4th on a difference.
-
-    Read here, not by pycocotools, because that one reads past the end of damaged text. None if the
-    text is damaged.
-    """
-    counts: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 40 or len(counts) > most:
-            return None
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        counts.append(value + counts[-2] if len(counts) > 2 else value)
-        value = shift = 0
-    return counts if shift == 0 else None
-
-
-def _stays_inside(file_name: str) -> bool:
-    path = PurePosixPath(file_name.replace("\\", "/"))
-    return bool(file_name) and not path.is_absolute() and ".." not in path.parts
-
-
-def _is_side(value: Any) -> TypeGuard[int]:
-    return _is_int(value) and 0 < value < _FAR
-
-
-def _is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:5])
+    if len(index.runs[region]):
+        counts = index.runs[region].tolist()
+        encoded = coco_mask.frPyObjects({"counts": counts, "size": list(size)}, *size)
+    else:
+        encoded = coco_mask.merge(coco_mask.frPyObjects(index.polygons(region), *size))
+    return encoded  # type: ignore[no-any-return]

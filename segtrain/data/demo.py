@@ -4,8 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-import platformdirs
-
+from segtrain.data.cache import cache_folder
 from segtrain.data.people import GENERATOR_VERSION, write_demo_people
 from segtrain.errors import ResourceError, UsageError
 from segtrain.progress import progress_bar
@@ -34,9 +33,7 @@ def is_demo_root(root: Path) -> bool:
 
 
 def _cached_root() -> Path:
-    cache = os.environ.get("SEGTRAIN_CACHE")
-    folder = Path(cache) if cache else platformdirs.user_cache_path("segtrain")
-    return folder.resolve() / f"demo-people-v{GENERATOR_VERSION}-{NUM_TRAIN}-{NUM_VAL}"
+    return cache_folder() / f"demo-people-v{GENERATOR_VERSION}-{NUM_TRAIN}-{NUM_VAL}"
 
 
 def draw_demo_people(root: Path, *, num_train: int, num_val: int, seed: int) -> None:

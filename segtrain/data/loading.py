@@ -1,8 +1,9 @@
 """From a data set to batches of bytes: N 3 H W uint8 images and N H W uint8 masks."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Protocol, TypedDict
 
 import cv2
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from segtrain.cores import usable_cores
 from segtrain.data.sample import Sample, Source, tolerated
+from segtrain.data.selection import is_negative
 from segtrain.errors import DataError, ResourceError
-from segtrain.images import resize_short_side
+from segtrain.images import Pixels, resize_short_side
 
 # Where /dev/shm is full a worker's batch gets lost without a word, so nobody waits for ever.
 _PATIENCE = 120.0  # seconds for one batch
@@ -38,10 +41,21 @@ Key = tuple[int, int]
 Item = Sample | str
 
 
+Backdrop = Callable[[int], Pixels | None]
+
+
 class Transform(Protocol):
     """A random change of image and mask together that depends on (seed, epoch, index) alone."""
 
-    def __call__(self, sample: Sample, *, seed: int, epoch: int, index: int) -> Sample: ...
+    def short_side(self, *, seed: int, epoch: int, index: int) -> int:
+        """The scale at which the picture is wanted: its shorter side in pixels."""
+        ...
+
+    def __call__(
+        self, sample: Sample, *, seed: int, epoch: int, index: int, backdrop: Backdrop | None
+    ) -> Sample:
+        """The scaled picture changed; `backdrop` gives one without people for any number."""
+        ...
 
 
 class TrainImages(Dataset[Item]):
@@ -49,14 +63,28 @@ class TrainImages(Dataset[Item]):
 
     def __init__(self, source: Source, transform: Transform, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
+        self._negatives = np.flatnonzero(is_negative(source.catalog))
 
     def __getitem__(self, key: Key) -> Item:
         epoch, index = key
+        short_side = self.transform.short_side(seed=self.seed, epoch=epoch, index=index)
         try:
-            sample = self.source[index]
+            sample = self.source.sample(index, short_side)
         except DataError as error:
             return str(error)
-        return self.transform(sample, seed=self.seed, epoch=epoch, index=index)
+        backdrop = partial(self._backdrop, short_side)
+        return self.transform(sample, seed=self.seed, epoch=epoch, index=index, backdrop=backdrop)
+
+    def _backdrop(self, short_side: int, lot: int) -> Pixels | None:
+        """A picture without people; None where there is none or it is damaged."""
+        if not len(self._negatives):
+            return None
+        try:
+            return self.source.sample(
+                int(self._negatives[lot % len(self._negatives)]), short_side
+            ).image
+        except DataError:
+            return None  # it is counted when its own turn comes
 
 
 class EvalImages(Dataset[Item]):
@@ -67,7 +95,7 @@ class EvalImages(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         try:
-            sample = self.source[index]
+            sample = self.source.sample(index)
         except DataError as error:
             return str(error)
         image = resize_short_side(sample.image, self.image_size)
@@ -75,34 +103,72 @@ class EvalImages(Dataset[Item]):
 
 
 class EpochSampler(Sampler[Key]):
-    """Another permutation every epoch, the same for the same (seed, epoch)."""
+    """Another order every epoch, the same for the same (seed, epoch).
 
-    def __init__(self, num_samples: int, seed: int) -> None:
-        self.num_samples, self.seed, self.epoch = num_samples, seed, 0
+    Args:
+        lengths: pictures of each data set that is mixed, one after the other in the source.
+        weights: share of each in an epoch; None shows every picture once. With weights an epoch has
+            as many pictures as all sets together, and no picture comes again before all others of
+            its set have come.
+        rank, world_size: this process takes every world_size-th picture. All take equally many: the
+            last ones may be the epoch's first again.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        seed: int,
+        *,
+        weights: Sequence[float] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.lengths, self.seed, self.epoch = list(lengths), seed, 0
+        self.rank, self.world_size = rank, world_size
+        total = sum(lengths)
+        shares = np.array(lengths if weights is None else weights, dtype=np.float64)
+        # Rounding the ends and not the parts keeps their sum.
+        ends = np.rint(np.cumsum(shares) / shares.sum() * total).astype(int)
+        self.draws = np.diff(ends, prepend=0).tolist()
 
     def __iter__(self) -> Iterator[Key]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
-        yield from ((self.epoch, int(index)) for index in order)
+        rng = np.random.default_rng([self.seed, self.epoch])
+        starts = np.cumsum([0, *self.lengths[:-1]])
+        order = np.concatenate(
+            [
+                start + np.concatenate([rng.permutation(n) for _ in range(-(-draws // n))])[:draws]
+                for start, n, draws in zip(starts, self.lengths, self.draws, strict=True)
+                if draws
+            ]
+        )
+        if len(self.lengths) > 1:
+            rng.shuffle(order)
+        order = np.resize(order, len(self) * self.world_size)
+        yield from ((self.epoch, int(index)) for index in order[self.rank :: self.world_size])
 
     def __len__(self) -> int:
-        return self.num_samples
+        return -(-sum(self.lengths) // self.world_size)
 
 
 class SameSizeBatches(Sampler[list[int]]):
     """Batches of pictures of one original size, so that none is padded or left out.
 
-    Padding would let a picture's score depend on its neighbours in the batch.
+    Padding would let a picture's score depend on its neighbours in the batch. Of several processes
+    each takes other batches; together they take every picture once.
     """
 
-    def __init__(self, source: Source, batch_size: int) -> None:
+    def __init__(
+        self, source: Source, batch_size: int, *, rank: int = 0, world_size: int = 1
+    ) -> None:
         by_size: dict[tuple[int, int], list[int]] = {}
-        for index, (height, width) in enumerate(source.sizes.tolist()):
+        for index, (height, width) in enumerate(source.catalog.sizes.tolist()):
             by_size.setdefault((height, width), []).append(index)
-        self.batches = [
+        batches = [
             indices[start : start + batch_size]
             for indices in by_size.values()
             for start in range(0, len(indices), batch_size)
         ]
+        self.batches = batches[rank::world_size]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)
@@ -173,35 +239,52 @@ def train_batches(
     workers: int,
     seed: int,
     pin_memory: bool,
+    lengths: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Batches:
-    """Shuffled batches of transformed pictures, all of one size; the last one may be smaller."""
+    """Shuffled batches of transformed pictures, all of one size; the last one may be smaller.
+
+    Args:
+        lengths, weights, rank, world_size: as in EpochSampler; one data set without them.
+    """
+    sampler = EpochSampler(
+        lengths or [len(source)], seed, weights=weights, rank=rank, world_size=world_size
+    )
     loader = DataLoader(
         TrainImages(source, transform, seed),
         batch_size=batch_size,
-        sampler=EpochSampler(len(source), seed),
+        sampler=sampler,
         **_loader_options(workers, pin_memory),
     )
-    return Batches(loader, len(source))
+    return Batches(loader, len(sampler))
 
 
 def eval_batches(
-    source: Source, *, image_size: int, batch_size: int, workers: int, pin_memory: bool
+    source: Source,
+    *,
+    image_size: int,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Batches:
     """Every picture once, whole, in batches of one original size."""
+    sampler = SameSizeBatches(source, batch_size, rank=rank, world_size=world_size)
     loader = DataLoader(
         EvalImages(source, image_size),
-        batch_sampler=SameSizeBatches(source, batch_size),
+        batch_sampler=sampler,
         **_loader_options(workers, pin_memory),
     )
-    return Batches(loader, len(source))
+    return Batches(loader, sum(map(len, sampler.batches)))
 
 
 def resolve_workers(workers: int | Literal["auto"]) -> int:
     """auto: a process for every second core that this process may use, at most 8."""
     if workers == "auto":
-        # A container or a scheduler may give far fewer cores than the machine has.
-        usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        return min(8, max(1, len(usable(0)) // 2))
+        return min(8, max(1, usable_cores() // 2))
     return workers
 
 

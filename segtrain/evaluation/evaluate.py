@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from segtrain.config import BnEval
-from segtrain.devices import Autocast
+from segtrain.devices import Autocast, prefetched
 from segtrain.evaluation.metrics import ConfusionMatrix
 from segtrain.models.batch_norm import evaluation_statistics
 from segtrain.models.inference import person_probs
@@ -35,9 +35,8 @@ def evaluate(
     """
     confusion = ConfusionMatrix(device=device)
     with evaluation_statistics(model, bn_eval):
-        for batch in batches:
-            image = batch["image"].to(device, non_blocking=True)
-            mask = batch["mask"].to(device, non_blocking=True)
+        for batch in prefetched(batches, device):
+            image, mask = batch["image"], batch["mask"]
             probs = person_probs(model, image, (mask.shape[1], mask.shape[2]), autocast)
             confusion.update(probs >= 0.5, mask)
             on_batch(len(image))

@@ -17,7 +17,7 @@ def metrics_table(judgement: Judgement) -> Table:
     """The headline first, and beside it what the trivial answers would have got."""
     table = Table(
         title=f"{judgement.split}: {judgement.num_images} images at original resolution",
-        caption=EMPTY_RULE,
+        caption=f"{EMPTY_RULE}; selection {judgement.manifest}",
     )
     table.add_column("metric")
     for bn_eval in judgement.metrics:

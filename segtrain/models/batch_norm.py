@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from segtrain.config import BnEval
-from segtrain.devices import Autocast
+from segtrain.devices import Autocast, prefetched
 
 NUM_TO_RECALIBRATE = 200
 
@@ -67,9 +67,9 @@ def recalibrate(
         norm.momentum = None  # torch's word for the mean over all batches
     try:
         num_done = 0
-        for batch in batches:
+        for batch in prefetched(batches, device):
             with autocast():
-                model(batch["image"].to(device, non_blocking=True))
+                model(batch["image"])
             num_done += len(batch["image"])
             on_batch(len(batch["image"]))
             if num_done >= num_images:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segtrain.devices import Autocast
+from segtrain.devices import Autocast, prefetched
 
 
 def train_one_epoch(
@@ -38,9 +38,8 @@ def train_one_epoch(
     model.train()
     loss_sum = torch.zeros((), device=device)
     num_images = 0
-    for batch in batches:
-        image = batch["image"].to(device, non_blocking=True)
-        mask = batch["mask"].to(device, non_blocking=True)
+    for batch in prefetched(batches, device):
+        image, mask = batch["image"], batch["mask"]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(global_step)
 

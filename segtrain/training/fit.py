@@ -43,7 +43,7 @@ from segtrain.models.batch_norm import (
 from segtrain.models.encoder_unet import EncoderUNet
 from segtrain.models.inference import person_probs_of_picture
 from segtrain.progress import progress_bar
-from segtrain.runs import RunFolder, point_latest_at
+from segtrain.runs import point_latest_at
 from segtrain.training.engine import train_one_epoch
 from segtrain.training.logs import (
     Row,
@@ -103,6 +103,8 @@ def fit(start: Start, log: RunLog) -> FitResult:
     train_set, val_set = _batches(start, device)
     log.line(f"images: {train_set.num_images} for training, {val_set.num_images} for validation")
     for split, source in (("training", start.train_source), ("validation", start.val_source)):
+        for note in source.notes:
+            log.line(f"{split}: {note}")
         for reason, count in source.skipped.items():
             log.warn(f"{split}: {count} left out, {reason}")
 
@@ -120,7 +122,7 @@ def fit(start: Start, log: RunLog) -> FitResult:
                 _recalibrate(state.model, train_set, autocast, device)
             metrics = _validate(state.model, val_set, autocast, device, bn_eval)
         state.epoch += 1
-        _save(config, run, state, metrics)
+        _save(start, state, metrics)
 
         row = {
             "epoch": state.epoch,
@@ -152,7 +154,9 @@ def _batches(start: Start, device: torch.device) -> tuple[Batches, Batches]:
     pin_memory = device.type == "cuda"
     train_set = train_batches(
         start.train_source,
-        TrainTransform(config.data.image_size, config.data.scale),
+        TrainTransform(config.data.image_size, config.data.augment, config.data.scale),
+        lengths=start.train_source.lengths,
+        weights=config.data.weights,
         batch_size=config.train.batch_size,
         workers=workers,
         seed=config.train.seed,
@@ -246,13 +250,13 @@ def _validate(
     return {f"val/{key}": value for key, value in asdict(confusion.compute()).items()}
 
 
-def _save(config: Config, run: RunFolder, state: _State, metrics: dict[str, float]) -> None:
+def _save(start: Start, state: _State, metrics: dict[str, float]) -> None:
     """Write last.pt, and best.pt where this epoch is the best so far."""
     if metrics["val/person_iou"] > state.best_iou:
         state.best_iou, state.best_epoch = metrics["val/person_iou"], state.epoch
-        save_checkpoint(run.best, _checkpoint(config, state, metrics, resumable=False))
-    save_checkpoint(run.last, _checkpoint(config, state, metrics, resumable=True))
-    point_latest_at(run)
+        save_checkpoint(start.run.best, _checkpoint(start, state, metrics, resumable=False))
+    save_checkpoint(start.run.last, _checkpoint(start, state, metrics, resumable=True))
+    point_latest_at(start.run)
 
 
 @contextmanager
@@ -279,7 +283,7 @@ def _finite(loss: Tensor, epoch: int) -> float:
 
 
 def _checkpoint(
-    config: Config, state: _State, metrics: dict[str, float], *, resumable: bool
+    start: Start, state: _State, metrics: dict[str, float], *, resumable: bool
 ) -> Checkpoint:
     training: dict[str, Any] = {}
     if resumable:
@@ -291,7 +295,15 @@ def _checkpoint(
             "best_epoch": state.best_epoch,
         }
     return Checkpoint(
-        config=config,
+        config=start.config,
+        data={
+            "train_manifest": start.train_source.manifest,
+            "val_manifest": start.val_source.manifest,
+            # torch's unsigned 64 bits can do little.
+            "train_identities": torch.from_numpy(
+                start.train_source.catalog.identities.view(np.int64).copy()
+            ),
+        },
         weights=state.model.state_dict(),
         epoch=state.epoch,
         global_step=state.global_step,
@@ -320,7 +332,7 @@ def _sample_rows(
     """The same validation pictures every epoch: (image, mask, preds) at original resolution."""
     for index in np.linspace(0, len(source) - 1, min(_NUM_SAMPLES, len(source))).astype(int):
         try:
-            sample = source[int(index)]
+            sample = source.sample(int(index))
         except DataError:
             continue  # validation has counted it
         short_side = config.data.image_size

@@ -16,9 +16,8 @@ from segtrain.config import (
     load_config,
     tree_from_config,
 )
-from segtrain.data import named_data_root, open_dataset
+from segtrain.data import Pictures, describe_roots, named_data_roots, open_pictures
 from segtrain.data.demo import demo_people_root, is_demo_root
-from segtrain.data.sample import Source
 from segtrain.devices import resolve_device
 from segtrain.errors import CheckpointError, UsageError
 from segtrain.files import write_text
@@ -33,8 +32,8 @@ class Start:
 
     config: Config
     run: RunFolder
-    train_source: Source
-    val_source: Source
+    train_source: Pictures
+    val_source: Pictures
     resumed: Checkpoint | None
     notes: list[str]
 
@@ -71,9 +70,12 @@ def prepare_start(
     _check_possible(asked, fresh=last is None)
     config, data_note = _with_data_root(asked)
     notes.append(data_note)
-    train_source, val_source = (
-        open_dataset(Path(config.data.root or ""), split) for split in ("train", "val")
-    )
+    train_source, val_source = (open_pictures(config.data, split) for split in ("train", "val"))
+    if resumed is not None and resumed.data.get("train_manifest") not in {
+        None,
+        train_source.manifest,
+    }:
+        notes.append("warning: the training pictures are not those that the run began with")
     if last is not None:
         run = RunFolder(last.parent.parent)
     else:
@@ -126,16 +128,19 @@ def _continued_config(
 
 
 def _with_data_root(config: Config) -> tuple[Config, str]:
-    named = named_data_root(config.data.root)
+    named = named_data_roots(config.data.root)
     # The demo people of a resumed run may have been cleared from the cache: they are drawn anew.
-    if named is not None and not is_demo_root(named[0]):
-        root, named_by = named
-        note = f"data: {root} ({named_by})"
+    if named is not None and not any(map(is_demo_root, named[0])):
+        roots, named_by = named
+        note = f"data: {describe_roots(roots)}, by {named_by}"
     else:
         root = demo_people_root()
+        roots = (root,)
         note = (
             f"data: drawn demo people in {root}, since neither --data nor $SEGTRAIN_DATA is given. "
             "For real people download COCO 2017 (cocodataset.org: train2017, val2017, annotations) "
             "and pass --data <its folder>"
         )
-    return replace(config, data=replace(config.data, root=str(root))), note
+    names = tuple(map(str, roots))
+    root_or_roots = names if len(names) > 1 else names[0]
+    return replace(config, data=replace(config.data, root=root_or_roots)), note
