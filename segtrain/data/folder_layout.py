@@ -11,6 +11,7 @@ ones depends on the name alone, so adding pictures moves none to the other side.
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -145,13 +146,20 @@ def _check_partners(
     without_mask = sorted(stem for stem in wanted if stem in pictures and stem not in masks)
     without_picture = sorted(stem for stem in wanted if stem in masks and stem not in pictures)
     hint = ""
-    endings = {stem.removeprefix(other) for stem in without_picture[:1] for other in without_mask}
-    for ending in endings - set(without_picture):
-        if without_picture and all(stem.endswith(ending) for stem in without_picture):
-            hint = f" (masks end in {ending!r}: rename them without it)"
+    if ending := _common_ending(without_picture, pictures):
+        hint = f" (masks end in {ending!r}: rename them without it)"
     total = len(wanted)
     _tolerate(without_mask, total, f"in {images} without a mask{hint}", skipped)
     _tolerate(without_picture, total, f"masks without a picture in {images}{hint}", skipped)
+
+
+def _common_ending(masks: list[str], pictures: Iterable[str]) -> str:
+    """What all these masks have behind the name of a picture; empty if there is no such thing."""
+    if not masks:
+        return ""
+    known = max((name for name in pictures if masks[0].startswith(name)), key=len, default=masks[0])
+    ending = masks[0].removeprefix(known)
+    return ending if all(mask.endswith(ending) for mask in masks) else ""
 
 
 def _tolerate(names: list[str], total: int, what: str, skipped: Counter[str]) -> None:

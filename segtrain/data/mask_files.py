@@ -17,11 +17,12 @@ from PIL import Image
 
 from segtrain.classes import BACKGROUND, IGNORE, PERSON
 from segtrain.data.sample import LabelRules
-from segtrain.images import FORMATS, decoding
+from segtrain.images import FORMATS, MAX_PIXELS, decoding
 
 Mask = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int32]
 
+_PNG_START, _GRAY_OF_8_BITS = b"\x89PNG\r\n\x1a\n", b"\x08\x00"
 # Numbers of people are few and small, soft edges run through many grays.
 _MOST_NUMBERS = 32
 _MOST_COLOURS = 64
@@ -58,9 +59,31 @@ def load_mask(path: Path) -> MaskFile:
     Raises:
         DataError: the file is missing, no picture, damaged, cut short or too large.
     """
+    levels = _decode_gray_png(path)
+    if levels is not None:
+        return MaskFile(Kind.GRAY, levels)
     with decoding(path), Image.open(path, formats=FORMATS) as picture:
         picture.load()
         return _understood(picture)
+
+
+def _decode_gray_png(path: Path) -> Mask | None:
+    """What most masks are, by OpenCV: twice as fast. None for anything else.
+
+    OpenCV gives nothing at all for a PNG that is cut short or damaged; Pillow then says why.
+    """
+    try:
+        content = np.fromfile(path, dtype=np.uint8)
+    except OSError:
+        return None
+    header = content[:26].tobytes()
+    if header[:8] != _PNG_START or header[24:] != _GRAY_OF_8_BITS:
+        return None
+    width, height = (int.from_bytes(header[at : at + 4], "big") for at in (16, 20))
+    if width * height > MAX_PIXELS:
+        return None
+    levels = cv2.imdecode(content, cv2.IMREAD_GRAYSCALE)
+    return None if levels is None else np.asarray(levels, dtype=np.uint8)
 
 
 def _understood(picture: Image.Image) -> MaskFile:
@@ -209,9 +232,9 @@ def meaning(
 
 def inverted(table: Mask) -> Mask:
     """Person and background exchanged, ignore left alone."""
-    return np.select([table == PERSON, table == BACKGROUND], [BACKGROUND, PERSON], table).astype(
-        np.uint8
-    )
+    exchanged = table.copy()
+    exchanged[table == PERSON], exchanged[table == BACKGROUND] = BACKGROUND, PERSON
+    return exchanged
 
 
 def people_in(mask: MaskFile, coding: Coding, table: Mask) -> Labels:

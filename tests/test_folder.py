@@ -1,0 +1,550 @@
+"""Folders of masks: what belongs together, what the values mean, what is refused."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from segtrain.data import kind_of, open_dataset
+from segtrain.data.folder import FolderPeople, is_folder
+from segtrain.data.sample import LabelRules, identity
+from segtrain.errors import DataError
+
+Pixels = npt.NDArray[np.uint8]
+
+HEIGHT, WIDTH = 40, 60
+NUM = 12
+
+
+def person(index: int = 0) -> Pixels:
+    """H W 0/1: a block in the middle, and a small one beside it."""
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    mask[8 : 32 - index % 4, 20:40] = 1
+    mask[4:8, 50:54] = 1
+    return mask
+
+
+def photo(index: int) -> Image.Image:
+    rng = np.random.default_rng(index)
+    noise = Image.fromarray(rng.integers(0, 256, (5, 8, 3), dtype=np.uint8))
+    return noise.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+
+
+Draw = Callable[[int], Image.Image]
+
+
+def make_folder(
+    root: Path,
+    draw: Draw = lambda index: Image.fromarray(person(index) * 255),
+    *,
+    suffix: str = ".png",
+    names: list[str] | None = None,
+    inner: str = "",
+) -> Path:
+    """Pairs of pictures and masks drawn by `draw`."""
+    for index, name in enumerate(names or [f"p{index}" for index in range(NUM)]):
+        for kind, picture, ending in (
+            ("images", photo(index), ".jpg"),
+            ("masks", draw(index), suffix),
+        ):
+            path = root / kind / inner / f"{name}{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    return root
+
+
+def everything(root: Path, rules: LabelRules | None = None) -> FolderPeople:
+    """All pairs as one split."""
+    stems = sorted(
+        path.relative_to(root / "images").with_suffix("").as_posix()
+        for path in (root / "images").rglob("*.*")
+    )
+    (root / "train.txt").write_text("\n".join(stems))
+    return FolderPeople(root, "train", rules or LabelRules())
+
+
+def masks_of(source: FolderPeople) -> dict[str, Pixels]:
+    return {source.stem(i): source.sample(i).mask for i in range(len(source))}
+
+
+def expected(value: int = 1) -> dict[str, Pixels]:
+    return {f"p{index}": person(index) * np.uint8(value) for index in range(NUM)}
+
+
+def assert_equal(found: dict[str, Pixels], wanted: dict[str, Pixels]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, mask in wanted.items():
+        assert np.array_equal(found[name], mask), name
+
+
+# --------------------------------------------------------------------------- what values mean
+
+
+def as_numbers(index: int) -> Image.Image:
+    mask = person(index)
+    mask[4:8, 50:54] *= 2
+    mask[:4, :4] = 7
+    return Image.fromarray(mask)
+
+
+def as_colours(index: int) -> Image.Image:
+    colours = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+    colours[person(index) == 1] = (200, 30, 90)
+    colours[4:8, 50:54] = (0, 90, 250)
+    return Image.fromarray(colours)
+
+
+def with_palette(index: int, colours: list[int]) -> Image.Image:
+    picture = Image.frombytes("P", (WIDTH, HEIGHT), person(index).tobytes())
+    picture.putpalette(colours)
+    return picture
+
+
+def as_alpha(index: int) -> Image.Image:
+    alpha = person(index) * np.uint8(255)
+    picture = np.dstack([np.asarray(photo(index)), alpha])
+    return Image.fromarray(picture)
+
+
+def soft(index: int) -> Image.Image:
+    """Every gray from 0 to 255, half of them at least 128."""
+    mask = person(index).astype(int) * 128
+    ramp = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) % 128
+    return Image.fromarray((mask + ramp).astype(np.uint8))
+
+
+ENCODINGS: dict[str, tuple[Draw, str, str]] = {
+    "0/1": (lambda i: Image.fromarray(person(i)), ".png", "0/1"),
+    "0/255": (lambda i: Image.fromarray(person(i) * 255), ".png", "0/255"),
+    "one bit": (lambda i: Image.fromarray(person(i) == 1), ".png", "0/255"),
+    "one gray": (lambda i: Image.fromarray(person(i) * 90), ".png", "0/255"),
+    "gray as RGB": (lambda i: Image.fromarray(person(i) * 255).convert("RGB"), ".png", "0/255"),
+    "colours": (as_colours, ".png", "colours"),
+    "palette": (lambda i: with_palette(i, [0, 0, 0, 220, 20, 60]), ".png", "0/1"),
+    "gray palette": (lambda i: with_palette(i, [0, 0, 0, 255, 255, 255]), ".png", "0/255"),
+    "alpha": (as_alpha, ".png", "alpha"),
+    "soft": (soft, ".png", "soft"),
+    "16 bits": (lambda i: Image.fromarray(person(i).astype(np.uint16) * 65535), ".png", "0/255"),
+    "BMP": (lambda i: Image.fromarray(person(i) * 255), ".bmp", "0/255"),
+    "GIF": (lambda i: Image.fromarray(person(i) * 255), ".gif", "0/255"),
+    "TIFF": (lambda i: Image.fromarray(person(i) * 255), ".tif", "0/255"),
+}
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_every_encoding_gives_the_same_masks(name: str, tmp_path: Path) -> None:
+    draw, suffix, note = ENCODINGS[name]
+    source = everything(make_folder(tmp_path, draw, suffix=suffix))
+
+    assert_equal(masks_of(source), expected())
+    assert note in source.notes[0]
+    shares = [mask.mean() for mask in (person(source_index(source, i)) for i in range(NUM))]
+    assert source.catalog.person_share == pytest.approx(shares)
+
+
+def source_index(source: FolderPeople, index: int) -> int:
+    return int(source.stem(index)[1:])
+
+
+def test_lossy_masks_are_cut_at_the_middle(tmp_path: Path) -> None:
+    source = everything(
+        make_folder(tmp_path, lambda i: Image.fromarray(person(i) * 255), suffix=".jpg")
+    )
+    for name, mask in masks_of(source).items():
+        assert (mask != expected()[name]).mean() < 0.01
+    assert "soft" in source.notes[0]
+
+
+def test_numbers_tell_people_apart(tmp_path: Path) -> None:
+    source = everything(make_folder(tmp_path, as_numbers))
+    wanted = expected()
+    for mask in wanted.values():
+        mask[:4, :4] = 1
+    assert_equal(masks_of(source), wanted)
+    assert set(source.catalog.num_people.tolist()) == {3}
+
+
+def test_255_beside_numbers_is_ignored_in_all_files(tmp_path: Path) -> None:
+    """VOC's way: the border of a person is void, and a picture may hold nothing but void."""
+
+    def draw(index: int) -> Image.Image:
+        mask = person(index) if index else np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+        mask[0] = 255
+        return Image.fromarray(mask)
+
+    found = masks_of(everything(make_folder(tmp_path, draw)))
+
+    assert (found["p0"][0] == 255).all()
+    assert not found["p0"][1:].any()
+    assert (found["p1"][0] == 255).all()
+    assert np.array_equal(found["p1"][1:], person(1)[1:])
+
+
+def test_zero_one_and_zero_255_may_be_mixed(tmp_path: Path) -> None:
+    source = everything(
+        make_folder(tmp_path, lambda i: Image.fromarray(person(i) * (255 if i % 2 else 1)))
+    )
+    assert_equal(masks_of(source), expected())
+    assert "0/1 (6)" in source.notes[0]
+    assert "0/255 (6)" in source.notes[0]
+
+
+def test_inverted_masks_are_found_and_turned_on_request(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, lambda i: Image.fromarray((1 - person(i)) * 255))
+    found = everything(root)
+    turned = everything(root, LabelRules(invert_masks=True))
+
+    assert any("inverted" in note and "data.invert_masks=true" in note for note in found.notes)
+    assert not any("inverted" in note for note in turned.notes)
+    assert_equal(masks_of(turned), expected())
+    assert found.catalog.person_share == pytest.approx(1 - turned.catalog.person_share)
+
+
+def test_ordinary_masks_do_not_look_inverted(tmp_path: Path) -> None:
+    assert not any("inverted" in note for note in everything(make_folder(tmp_path)).notes)
+
+
+def test_empty_masks_are_said(tmp_path: Path) -> None:
+    source = everything(make_folder(tmp_path, lambda i: Image.new("L", (WIDTH, HEIGHT))))
+    assert "all empty" in source.notes[0]
+    assert not source.catalog.num_people.any()
+
+
+# --------------------------------------------------------------------------- rules
+
+
+@pytest.mark.parametrize("draw", [None, as_colours], ids=["blocks", "colours"])
+def test_the_largest_person_alone(draw: Draw | None, tmp_path: Path) -> None:
+    root = make_folder(tmp_path, draw) if draw else make_folder(tmp_path)
+    for rules in (LabelRules(largest_only=True), LabelRules(min_person_area=0.05)):
+        source = everything(root, rules)
+        for name, mask in masks_of(source).items():
+            wanted = expected()[name]
+            wanted[4:8, 50:54] = 255
+            assert np.array_equal(mask, wanted), (name, rules)
+        assert set(source.catalog.num_people.tolist()) == {2}
+        index = 3
+        share = (source.sample(index).mask == 1).mean()
+        assert source.catalog.person_share[index] == pytest.approx(share)
+
+
+# --------------------------------------------------------------------------- pairs and splits
+
+
+def stems(root: Path, split: str) -> list[str]:
+    source = FolderPeople(root, split)
+    return [source.stem(index) for index in range(len(source))]
+
+
+def test_names_pair_exactly(tmp_path: Path) -> None:
+    names = ["1", "10", "a/1", "a.b", "x_mask"]
+    root = make_folder(tmp_path, names=names)
+    source = everything(root)
+    assert [source.stem(i) for i in range(5)] == sorted(names)
+    for index in range(5):
+        assert source.picture_path(index).stem == source.mask_path(index).stem
+        number = names.index(source.stem(index))
+        assert np.array_equal(source.sample(index).mask, person(number))
+
+
+def test_lists_name_the_splits(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    (root / "train.txt").write_text("p0\r\np1.jpg\n\np2.png\n")
+    (root / "val.txt").write_text("p5\n")
+    assert stems(root, "train") == ["p0", "p1", "p2"]
+    assert stems(root, "val") == ["p5"]
+    (root / "train.txt").unlink()
+    assert stems(root, "train") == sorted({f"p{i}" for i in range(NUM)} - {"p5"})
+
+
+def test_a_name_in_both_lists_is_an_error(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    (root / "train.txt").write_text("p0\np1\np2")
+    (root / "val.txt").write_text("p1\np2")
+    with pytest.raises(DataError, match=r"2 names are in train\.txt and val\.txt, first p1, p2"):
+        FolderPeople(root, "val")
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_folders_name_the_splits(outer: bool, tmp_path: Path) -> None:
+    for split, names in (("train", ["a", "b"]), ("val", ["a", "c"])):
+        if outer:
+            make_folder(tmp_path / split, names=names)
+        else:
+            make_folder(tmp_path, names=names, inner=split)
+    assert is_folder(tmp_path)
+    assert stems(tmp_path, "train") == ["a", "b"]
+    assert stems(tmp_path, "val") == ["a", "c"]
+
+
+def test_without_lists_a_stable_tenth_is_for_validation(tmp_path: Path) -> None:
+    names = [f"n{index}" for index in range(60)]
+    few = make_folder(tmp_path / "few", names=names[:40])
+    many = make_folder(tmp_path / "many", names=names)
+
+    for split in ("train", "val"):
+        assert set(stems(few, split)) == set(stems(many, split)) & set(names[:40])
+    train, val = stems(many, "train"), stems(many, "val")
+    assert sorted(train + val) == sorted(names)
+    assert 1 <= len(val) <= 15
+    assert val == sorted(n for n in names if identity("split", n) % 10 == 0)
+
+
+def test_a_few_without_partner_are_counted_and_many_are_an_error(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    (root / "masks" / "p3.png").unlink()
+    source = everything(root)
+    assert len(source) == NUM - 1
+    assert [reason for reason in source.skipped if "without a mask: p3" in reason]
+
+    (root / "masks" / "p4.png").unlink()
+    with pytest.raises(DataError, match=r"2 of 12 are in .* without a mask, first p3, p4"):
+        everything(root)
+
+
+def test_a_common_ending_of_masks_is_pointed_out(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    for path in (root / "masks").iterdir():
+        path.rename(path.with_name(f"{path.stem}_mask.png"))
+    with pytest.raises(DataError, match=r"masks end in '_mask': rename"):
+        FolderPeople(root, "train")
+
+
+def test_two_of_one_name_are_an_error(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    photo(0).save(root / "images" / "p3.png")
+    with pytest.raises(DataError, match=r"p3\.(png|jpg) and p3\.(png|jpg) have the same name"):
+        everything(root)
+
+
+def test_what_is_no_picture_is_not_seen(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    for folder in ("images", "masks"):
+        (root / folder / "Thumbs.db").write_bytes(b"x")
+        (root / folder / ".hidden.png").write_bytes(b"x")
+        (root / folder / "notes.txt").write_text("x")
+    assert len(FolderPeople(root, "train")) + len(FolderPeople(root, "val")) == NUM
+
+
+def test_the_kind_is_recognised(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "set")
+    assert kind_of(root) == "folders of masks"
+    assert isinstance(open_dataset(root, "train"), FolderPeople)
+    shutil.rmtree(root / "masks")
+    assert not is_folder(root)
+
+
+# --------------------------------------------------------------------------- what is wrong
+
+
+def test_exchanged_folders_are_recognised(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    (root / "images").rename(root / "x")
+    (root / "masks").rename(root / "images")
+    (root / "x").rename(root / "masks")
+    with pytest.raises(DataError, match="are images/ and masks/ exchanged"):
+        everything(root)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda path: Image.new("L", (WIDTH, HEIGHT + 1)).save(path), "another size"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "damaged"),
+        (lambda path: path.write_bytes(b"no mask"), "damaged"),
+        (lambda path: photo(3).resize((WIDTH, HEIGHT)).save(path), "photo"),
+    ],
+    ids=["size", "cut", "text", "photo"],
+)
+def test_one_bad_mask_is_left_out_and_two_are_an_error(
+    spoil: Callable[[Path], object], reason: str, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path)
+    spoil(root / "masks" / "p3.png")
+    source = everything(root)
+    assert "p3" not in masks_of(source)
+    assert len(source) == NUM - 1
+    assert [found for found in source.skipped if reason in found]
+
+    spoil(root / "masks" / "p4.png")
+    with pytest.raises(DataError, match=rf"{reason}.* in 2 of 12 pairs, first p3\.png, p4\.png"):
+        everything(root)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mask_lies_on", ["upright", "stored"])
+def test_exif_is_obeyed_where_the_mask_fits_the_upright_picture(
+    orientation: int, mask_lies_on: str, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path)
+    turned = orientation >= 5
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    size = (HEIGHT, WIDTH) if turned and mask_lies_on == "upright" else (WIDTH, HEIGHT)
+    for index in range(NUM):
+        photo(index).save(root / "images" / f"p{index}.jpg", exif=exif)
+        Image.fromarray(person(index) * 255).resize(size).save(root / "masks" / f"p{index}.png")
+    source = everything(root)
+    sample = source.sample(0)
+
+    assert sample.image.shape[:2] == sample.mask.shape == size[::-1]
+    assert source.catalog.sizes[0].tolist() == list(size[::-1])
+    with Image.open(source.picture_path(0)) as picture:
+        stored = np.asarray(picture)
+    as_stored = np.array_equal(sample.image, stored)
+    assert as_stored == (orientation == 1 or (turned and mask_lies_on == "stored"))
+
+
+def test_a_picture_damaged_later_is_a_data_error(tmp_path: Path) -> None:
+    source = everything(make_folder(tmp_path))
+    source.picture_path(2).write_bytes(b"gone")
+    with pytest.raises(DataError, match=source.picture_path(2).name):
+        source.sample(2)
+
+
+def test_a_mask_that_changes_its_size_later_is_a_data_error(tmp_path: Path) -> None:
+    source = everything(make_folder(tmp_path))
+    Image.new("L", (5, 5)).save(source.mask_path(2))
+    with pytest.raises(DataError, match="differ in size"):
+        source.sample(2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(content=st.binary(max_size=200), seed=st.integers(0, 2**32), cut=st.floats(0, 1))
+def test_whatever_lies_in_masks_a_mask_is_a_mask(
+    content: bytes, seed: int, cut: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = make_folder(tmp_path_factory.mktemp("odd"), names=[f"p{i}" for i in range(4)])
+    rng = random.Random(seed)
+    path = root / "masks" / "p0.png"
+    good = bytearray(path.read_bytes())
+    good[rng.randrange(len(good))] ^= 1 << rng.randrange(8)
+    path.write_bytes(
+        bytes(good[: int(cut * len(good))]) + content if rng.random() < 0.5 else content
+    )
+    try:
+        masks = masks_of(everything(root))
+    except DataError:
+        return
+    assert all(set(np.unique(mask)) <= {0, 1, 255} for mask in masks.values())
+
+
+# --------------------------------------------------------------------------- scale and speed
+
+
+@pytest.mark.parametrize("short_side", [10, 20, 40, 100])
+def test_image_and_mask_are_scaled_together(short_side: int, tmp_path: Path) -> None:
+    """The picture is painted from the mask, so after scaling it still says where the mask is."""
+    root = make_folder(tmp_path)
+    for index in range(NUM):
+        painted = np.repeat(person(index)[..., None] * np.uint8(255), 3, axis=2)
+        Image.fromarray(painted).save(root / "images" / f"p{index}.png")
+        (root / "images" / f"p{index}.jpg").unlink()
+    source = everything(root)
+    for index in range(NUM):
+        sample = source.sample(index, short_side)
+        assert min(sample.mask.shape) == short_side
+        assert sample.mask.shape == sample.image.shape[:2]
+        differing = (sample.image[..., 0] >= 128) != (sample.mask == 1)
+        assert differing.mean() < 2.5 / short_side
+
+
+def test_a_second_opening_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder(tmp_path)
+    first = everything(root)
+    monkeypatch.setattr("segtrain.data.folder.load_mask", None)
+    second = everything(root)
+    assert second.notes == first.notes
+    for name in ("sizes", "person_share", "num_people", "identities"):
+        assert np.array_equal(getattr(first.catalog, name), getattr(second.catalog, name))
+
+
+def test_an_edited_mask_is_noticed(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    before = everything(root).catalog.person_share.copy()
+    path = root / "masks" / "p0.png"
+    Image.fromarray(np.full((HEIGHT, WIDTH), 255, dtype=np.uint8)).save(path)
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    after = everything(root).catalog.person_share
+    assert (before != after).sum() == 1
+    assert after.max() == 1
+
+
+# --------------------------------------------------------------------------- prepared folders
+
+
+def write_manifest(root: Path, **changes: object) -> None:
+    content = {
+        "mask_values": {"background": 0, "person": 255, "ignore": 128},
+        "pictures": {
+            "train/p0": {"identity": "00000000000000ff", "num_people": 3, "has_crowd": True}
+        },
+    }
+    (root / "manifest.json").write_text(json.dumps({**content, **changes}))
+
+
+def test_a_manifest_says_what_gray_means_and_who_is_there(tmp_path: Path) -> None:
+    def draw(index: int) -> Image.Image:
+        mask = person(index) * np.uint8(255)
+        mask[-1] = 128
+        return Image.fromarray(mask)
+
+    root = make_folder(tmp_path, draw)
+    write_manifest(root)
+    source = everything(root)
+    for name, mask in masks_of(source).items():
+        wanted = expected()[name]
+        wanted[-1] = 255
+        assert np.array_equal(mask, wanted)
+    row = [source.stem(i) for i in range(NUM)].index("p0")
+    assert source.catalog.identities[row] == 255
+    assert source.catalog.num_people[row] == 3
+    assert source.catalog.has_crowd.sum() == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask_values": {"background": 0, "person": 999, "ignore": 128}},
+        {"mask_values": [1, 2]},
+        {"pictures": {"train/p0": {"identity": "xyz", "num_people": 1, "has_crowd": False}}},
+        {"pictures": {"train/p0": {"identity": "ff", "num_people": -1, "has_crowd": False}}},
+        {"pictures": 3},
+    ],
+)
+def test_a_damaged_manifest_is_an_error(changes: dict[str, object], tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    write_manifest(root, **changes)
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        everything(root)
+
+
+def test_a_manifest_of_somebody_else_is_not_ours(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    (root / "manifest.json").write_text('{"name": "an app"}')
+    assert_equal(masks_of(everything(root)), expected())
+
+
+# --------------------------------------------------------------------------- real people
+
+
+def test_portraits_are_read_as_pillow_reads_them(real_data: Path) -> None:
+    root = real_data / "portraits-mini"
+    sources = {split: FolderPeople(root, split) for split in ("train", "val")}
+    assert {split: len(source) for split, source in sources.items()} == {"train": 1200, "val": 95}
+    for split, source in sources.items():
+        assert source.notes == [f"masks: 0/255 ({len(source)})"]
+        assert not source.skipped
+        for index in range(0, len(source), len(source) // 10):
+            sample = source.sample(index)
+            with Image.open(root / "masks" / f"{source.stem(index)}.png") as mask:
+                assert np.array_equal(sample.mask, np.asarray(mask.convert("L")) // 255), split
