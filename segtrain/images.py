@@ -35,13 +35,7 @@ _REDUCED = {
 _WHITE = (255, 255, 255, 255)
 
 
-def read_image(
-    path: Path,
-    *,
-    upright: bool = True,
-    max_pixels: int = MAX_PIXELS,
-    short_side: int | None = None,
-) -> Pixels:
+def read_image(path: Path, *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Decode a picture to H W 3 uint8 RGB.
 
     Transparent pixels are laid on white, 16-bit samples scaled to 8, and of an animation the first
@@ -56,7 +50,7 @@ def read_image(
     Raises:
         DataError: the file is missing, no picture, damaged, cut short or too large.
     """
-    return read_sized_image(path, upright=upright, max_pixels=max_pixels, short_side=short_side)[0]
+    return read_sized_image(path, upright=upright, max_pixels=max_pixels)[0]
 
 
 def read_sized_image(

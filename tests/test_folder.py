@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from segtrain.data import kind_of, open_dataset
-from segtrain.data.folder import FolderPeople, is_folder
+from segtrain.data.folder import FolderPeople
+from segtrain.data.folder_layout import is_folder
 from segtrain.data.sample import LabelRules, identity
 from segtrain.errors import DataError
 
@@ -461,7 +462,8 @@ def test_image_and_mask_are_scaled_together(short_side: int, tmp_path: Path) -> 
 def test_a_second_opening_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path)
     first = everything(root)
-    monkeypatch.setattr("segtrain.data.folder.load_mask", None)
+    for module in ("folder", "folder_scan"):
+        monkeypatch.setattr(f"segtrain.data.{module}.load_mask", None)
     second = everything(root)
     assert second.notes == first.notes
     for name in ("sizes", "person_share", "num_people", "identities"):
@@ -509,6 +511,27 @@ def test_a_manifest_says_what_gray_means_and_who_is_there(tmp_path: Path) -> Non
     assert source.catalog.identities[row] == 255
     assert source.catalog.num_people[row] == 3
     assert source.catalog.has_crowd.sum() == 1
+
+
+def test_people_of_a_prepared_folder_are_told_apart_by_their_places(tmp_path: Path) -> None:
+    def draw(index: int) -> Image.Image:
+        mask = person(index) * np.uint8(255)
+        mask[-10:] = 128  # so much that black and white are not nearly all
+        return Image.fromarray(mask)
+
+    root = make_folder(tmp_path, draw)
+    write_manifest(root, pictures={})
+    source = everything(root, LabelRules(largest_only=True))
+    assert (source.sample(0).mask[4:8, 50:54] == 255).all()
+    assert (source.sample(0).mask[8:28, 20:40] == 1).all()
+    assert set(source.catalog.num_people.tolist()) == {2}
+
+
+def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, names=["only"])
+    (root / "masks" / "only.png").write_bytes(b"x")
+    with pytest.raises(DataError, match="no usable pair"):
+        everything(root)
 
 
 @pytest.mark.parametrize(

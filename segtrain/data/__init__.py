@@ -10,7 +10,8 @@ import numpy as np
 
 from segtrain.config import DataConfig
 from segtrain.data.coco import CocoPeople, is_coco
-from segtrain.data.folder import FolderPeople, is_folder
+from segtrain.data.folder import FolderPeople
+from segtrain.data.folder_layout import is_folder
 from segtrain.data.sample import Catalog, LabelRules, Sample, Source, manifest_hash
 from segtrain.data.selection import Indices, select
 from segtrain.errors import DataError

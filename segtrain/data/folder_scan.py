@@ -1,0 +1,128 @@
+"""A look at every pair of a folder of masks, kept in the cache by names, sizes and times."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image
+
+from segtrain.cores import usable_cores
+from segtrain.data.cache import Arrays, cached_arrays
+from segtrain.data.folder_layout import Pair
+from segtrain.data.mask_files import Facts, Kind, facts_of, load_mask
+from segtrain.errors import DataError
+from segtrain.images import FORMATS, decoding
+from segtrain.progress import progress_bar
+
+SCAN_VERSION = 1
+
+FINE, OTHER_SIZE, DAMAGED, PHOTO = range(4)
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+_AT_ONCE = 2000
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a look at every pair has found; arrays of a row a pair.
+
+    status: FINE or what is wrong. sizes: N 2, height and width of the sample. upright: whether the
+    picture has to be turned as its EXIF orientation says. The others are those of `Facts`.
+    """
+
+    status: npt.NDArray[np.uint8]
+    sizes: npt.NDArray[np.int32]
+    upright: npt.NDArray[np.bool_]
+    kind: npt.NDArray[np.uint8]
+    present: npt.NDArray[np.bool_]
+    extremes: npt.NDArray[np.float32]
+    border: npt.NDArray[np.float32]
+    middle: npt.NDArray[np.float32]
+
+    def facts(self, row: int) -> Facts:
+        return Facts(
+            kind=Kind(int(self.kind[row])),
+            present=self.present[row],
+            extremes=float(self.extremes[row]),
+            border=float(self.border[row]),
+            middle=float(self.middle[row]),
+        )
+
+
+def digest_of(pairs: list[Pair]) -> str:
+    """Of names, sizes and times: an edited file is looked at anew."""
+    sha = hashlib.sha256()
+    for pair in pairs:
+        sha.update(f"{pair.picture}\0{pair.mask}\0{pair.num_bytes}\0{pair.stamp}\n".encode(
+            "utf-8", "surrogateescape"
+        ))  # fmt: skip
+    return sha.hexdigest()
+
+
+def scan_pairs(pairs: list[Pair], digest: str) -> Scan:
+    """Look at every pair, or take what the cache holds of the same files."""
+
+    def scan() -> Arrays:
+        n = len(pairs)
+        found = Scan(
+            status=np.zeros(n, dtype=np.uint8),
+            sizes=np.zeros((n, 2), dtype=np.int32),
+            upright=np.ones(n, dtype=bool),
+            kind=np.zeros(n, dtype=np.uint8),
+            present=np.zeros((n, 256), dtype=bool),
+            extremes=np.zeros(n, dtype=np.float32),
+            border=np.zeros(n, dtype=np.float32),
+            middle=np.zeros(n, dtype=np.float32),
+        )
+        for _ in in_threads(lambda row: _look_at(pairs[row], row, found), range(n), "scanning"):
+            pass
+        return vars(found)
+
+    kept: dict[str, Any] = dict(cached_arrays(f"folder-v{SCAN_VERSION}-{digest}", scan))
+    return Scan(**kept)
+
+
+def _look_at(pair: Pair, row: int, found: Scan) -> None:
+    """Fill in one row."""
+    try:
+        mask = load_mask(pair.mask)
+        stored, orientation = _stored_size(pair.picture)
+    except DataError:
+        found.status[row] = DAMAGED
+        return
+    upright = stored[::-1] if orientation in _TURNED else stored
+    if mask.levels.shape not in {stored, upright}:
+        found.status[row] = OTHER_SIZE
+        return
+    facts = facts_of(mask)
+    if facts.kind == Kind.PHOTO:
+        found.status[row] = PHOTO
+    found.sizes[row] = mask.levels.shape
+    # Of a square picture, or one turned by 180 degrees, the mask lies on the upright one.
+    found.upright[row] = mask.levels.shape == upright
+    found.kind[row], found.present[row] = facts.kind, facts.present
+    found.extremes[row], found.border[row] = facts.extremes, facts.border
+    found.middle[row] = facts.middle
+
+
+def _stored_size(path: Path) -> tuple[tuple[int, int], int]:
+    """Height and width as stored, and the EXIF orientation."""
+    with decoding(path), Image.open(path, formats=FORMATS) as picture:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        return (picture.height, picture.width), orientation
+
+
+def in_threads(work: Callable[[int], None], rows: range, desc: str) -> Iterator[None]:
+    """Decoding leaves the interpreter's lock alone, so threads are enough."""
+    with (
+        progress_bar(total=len(rows), desc=desc) as bar,
+        ThreadPoolExecutor(usable_cores()) as pool,
+    ):
+        for start in range(0, len(rows), _AT_ONCE):
+            for done in pool.map(work, rows[start : start + _AT_ONCE]):
+                bar.update()
+                yield done
