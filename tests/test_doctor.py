@@ -461,10 +461,10 @@ def test_when_time_is_up_the_rest_is_left(
     doctor: Doctor, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inspection, "_SECONDS_A_SPLIT", 0.0)
-    monkeypatch.setattr(inspection, "_AT_ONCE", 4)
     examined = doctor(folder)
 
-    assert examined.content["data"]["train"]["looked_at"] == 4
+    assert examined.content["data"]["train"]["looked_at"] == 1
+    assert "1 pictures (of 24, evenly chosen)" in examined.found("damaged", "ok")
 
 
 # The machine.

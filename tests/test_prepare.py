@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from conftest import Command
 from PIL import Image
 
 from segtrain.config import DataConfig
-from segtrain.data import open_dataset, open_pictures
+from segtrain.data import open_dataset, open_pictures, prepare
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -112,6 +114,35 @@ def test_run_again_it_goes_on_and_mends(coco: Path, tmp_path: Path, segtrain: Co
 
     assert "4 of them from before" in done.out
     assert tree(out) == whole
+
+
+def test_stopped_in_the_middle_it_can_go_on(
+    tmp_path: Path, segtrain: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_toy_coco(tmp_path / "toy", num_train=12, num_val=4)
+    segtrain("prepare", root, tmp_path / "whole")
+    written: list[Path] = []
+    encode = prepare.encode_image
+
+    def encode_and_be_stopped(pixels: np.ndarray, path: Path, **options: int) -> bytes:
+        written.append(path)
+        if len(written) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(pixels, path, **options)
+
+    monkeypatch.setattr(prepare, "encode_image", encode_and_be_stopped)
+    stopped = segtrain("prepare", root, tmp_path / "out", "--workers", "1")
+    assert stopped.code == 143
+    assert "stopped by SIGTERM" in stopped.err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not list((tmp_path / "out").rglob(".*.tmp"))
+
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    done = segtrain("prepare", root, tmp_path / "out")
+    assert done.code == 0
+    assert "of them from before" in done.out
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

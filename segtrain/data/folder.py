@@ -1,7 +1,7 @@
 """Folders of masks: `images/` and `masks/`, a mask for each picture of the same name."""
 
 import hashlib
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import cv2
@@ -19,7 +19,6 @@ from segtrain.data.folder_scan import (
     SCAN_VERSION,
     Scan,
     digest_of,
-    in_threads,
     scan_pairs,
 )
 from segtrain.data.mask_files import (
@@ -36,6 +35,7 @@ from segtrain.data.mask_files import (
     people_in,
 )
 from segtrain.data.sample import Catalog, LabelRules, Sample, identity, tolerated
+from segtrain.data.threads import in_threads
 from segtrain.errors import DataError
 from segtrain.images import read_sized_image, resize_image, scaled_size
 
@@ -216,8 +216,7 @@ class FolderPeople:
                 meant = obey(np.asarray(cv2.LUT(mask.levels, table)), people, self.rules)
                 shares[index] = (meant == PERSON).mean()
 
-            for _ in in_threads(look_at, range(len(self)), "measuring people"):
-                pass
+            deque(in_threads(look_at, range(len(self)), desc="measuring people"), maxlen=0)
             return {"person_share": shares, "num_people": counts}
 
         table = self._manifest.table().tobytes() if self._manifest else b""

@@ -1,8 +1,7 @@
 """A look at every pair of a folder of masks, kept in the cache by names, sizes and times."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
 
-from segtrain.cores import usable_cores
 from segtrain.data.cache import Arrays, cached_arrays
 from segtrain.data.folder_layout import Pair
 from segtrain.data.mask_files import Facts, Kind, facts_of, load_mask
+from segtrain.data.threads import in_threads
 from segtrain.errors import DataError
 from segtrain.images import FORMATS, decoding
-from segtrain.progress import progress_bar
 
 SCAN_VERSION = 1
 
 FINE, OTHER_SIZE, DAMAGED, PHOTO = range(4)
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
-_AT_ONCE = 2000
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,8 @@ def scan_pairs(pairs: list[Pair], digest: str) -> Scan:
             border=np.zeros(n, dtype=np.float32),
             middle=np.zeros(n, dtype=np.float32),
         )
-        for _ in in_threads(lambda row: _look_at(pairs[row], row, found), range(n), "scanning"):
-            pass
+        looks = in_threads(lambda row: _look_at(pairs[row], row, found), range(n), desc="scanning")
+        deque(looks, maxlen=0)
         return vars(found)
 
     kept: dict[str, Any] = dict(cached_arrays(f"folder-v{SCAN_VERSION}-{digest}", scan))
@@ -114,15 +111,3 @@ def _stored_size(path: Path) -> tuple[tuple[int, int], int]:
     with decoding(path), Image.open(path, formats=FORMATS) as picture:
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
         return (picture.height, picture.width), orientation
-
-
-def in_threads(work: Callable[[int], None], rows: range, desc: str) -> Iterator[None]:
-    """Decoding leaves the interpreter's lock alone, so threads are enough."""
-    with (
-        progress_bar(total=len(rows), desc=desc) as bar,
-        ThreadPoolExecutor(usable_cores()) as pool,
-    ):
-        for start in range(0, len(rows), _AT_ONCE):
-            for done in pool.map(work, rows[start : start + _AT_ONCE]):
-                bar.update()
-                yield done

@@ -6,8 +6,7 @@ nor its disk space.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ from segtrain.classes import IGNORE, PERSON
 from segtrain.config import DataConfig
 from segtrain.data import Pictures, data_roots, open_pictures
 from segtrain.data.sample import tolerated
+from segtrain.data.threads import in_threads
 from segtrain.errors import DataError, UsageError
 from segtrain.files import atomic_write, write_text
 from segtrain.images import encode_image
-from segtrain.progress import progress_bar
 
 MANIFEST_VERSION = 1
 # Masks that people can look at: what is ignored is gray.
@@ -32,7 +31,6 @@ MASK_VALUES = {"background": 0, "person": 255, "ignore": 128}
 
 _JPEG_QUALITY = 92
 _JPEG_END, _PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
-_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -198,22 +196,15 @@ def _write_all(
             return str(error)
         return None
 
-    # Decoding, scaling and encoding leave the interpreter's lock alone: threads are enough, and
-    # they end with the process.
-    with (
-        progress_bar(total=len(tasks), desc="preparing") as bar,
-        _one_thread_each(),
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        for some in _batched(tasks, _AT_ONCE):
-            for task, problem in zip(some, pool.map(write, some), strict=True):
-                if problem is not None:
-                    damaged[task.split, task.index] = problem
-                if len(damaged) > tolerated(total):
-                    raise DataError(
-                        f"{len(damaged)} of {total} pictures cannot be used, last: {problem}"
-                    )
-                bar.update()
+    with _one_thread_each():
+        for task, problem in in_threads(write, tasks, desc="preparing", workers=workers):
+            if problem is None:
+                continue
+            damaged[task.split, task.index] = problem
+            if len(damaged) > tolerated(total):
+                raise DataError(
+                    f"{len(damaged)} of {total} pictures cannot be used, last: {problem}"
+                )
     return damaged
 
 
@@ -226,10 +217,6 @@ def _one_thread_each() -> Iterator[None]:
         yield
     finally:
         cv2.setNumThreads(before)
-
-
-def _batched(tasks: list[_Task], size: int) -> Iterable[list[_Task]]:
-    return (tasks[start : start + size] for start in range(0, len(tasks), size))
 
 
 def _write(task: _Task, source: Pictures, folder: Path, short_side: int) -> None:

@@ -1,8 +1,7 @@
 """Opens the data as training would, and looks at its pictures."""
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,15 +11,14 @@ from PIL import ExifTags, Image
 
 from segtrain.classes import IGNORE, PERSON
 from segtrain.config import DataConfig
-from segtrain.cores import usable_cores
 from segtrain.data import Pictures, data_roots, kind_of, label_rules, open_dataset
 from segtrain.data.sample import Source
 from segtrain.data.selection import Indices, select
+from segtrain.data.threads import in_threads
 from segtrain.doctor.duplicates import Fingerprint, fingerprint
 from segtrain.doctor.findings import Finding
 from segtrain.errors import DataError
 from segtrain.images import decoding
-from segtrain.progress import progress_bar
 
 SPLITS = ("train", "val")
 MOST_LOOKS = 2000
@@ -28,7 +26,6 @@ MOST_LOOKS = 2000
 # A large JPEG decodes several times as fast at this size, and a mask shows all it is asked for.
 SHORT_SIDE = 128
 _SECONDS_A_SPLIT = 20.0
-_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,20 +123,16 @@ def look_at(split: Split) -> Split:
     """The split with its looks: at most `MOST_LOOKS` pictures, as many as time allows."""
     chosen = _spread(len(split.pictures))
     started = time.perf_counter()
-    # Decoding leaves the interpreter's lock alone, so threads are enough.
-    with (
-        progress_bar(total=len(chosen), desc=f"looking at {split.name}") as bar,
-        ThreadPoolExecutor(usable_cores()) as pool,
-    ):
-        looks: list[Look] = []
-        damaged: dict[int, str] = {}
-        for some in _groups(chosen):
-            for index, look in zip(some, pool.map(lambda i: _look(split, i), some), strict=True):
-                if isinstance(look, Look):
-                    looks.append(look)
-                else:
-                    damaged[index] = look
-                bar.update()
+    looks: list[Look] = []
+    damaged: dict[int, str] = {}
+    with closing(
+        in_threads(lambda i: _look(split, i), chosen, desc=f"looking at {split.name}")
+    ) as results:
+        for index, look in results:
+            if isinstance(look, Look):
+                looks.append(look)
+            else:
+                damaged[index] = look
             if time.perf_counter() - started > _SECONDS_A_SPLIT:
                 break
     return Split(
@@ -157,10 +150,6 @@ def _spread(num_pictures: int) -> list[int]:
     """Evenly chosen, in random order: whenever time is up, those seen are spread over all."""
     even = np.linspace(0, num_pictures - 1, min(MOST_LOOKS, num_pictures)).round().astype(int)
     return np.random.default_rng(0).permutation(even).tolist()  # type: ignore[no-any-return]
-
-
-def _groups(indices: list[int]) -> Iterator[list[int]]:
-    return (indices[start : start + _AT_ONCE] for start in range(0, len(indices), _AT_ONCE))
 
 
 def _look(split: Split, index: int) -> Look | str:
