@@ -73,7 +73,9 @@ def read_sized_image(
         with Image.open(path, formats=FORMATS) as picture:
             _check_size(picture, path, max_pixels)
             size = picture.height, picture.width
-            pixels = _decode_plain_jpeg(path, picture, upright=upright, short_side=short_side)
+            pixels = None
+            if is_plain_jpeg(picture, upright=upright):
+                pixels = decode_plain_jpeg(path, size, short_side)
             if pixels is None:
                 picture.load()
                 # Pillow's stubs type exif_transpose by what it was given: never None here.
@@ -114,30 +116,39 @@ def _check_size(picture: Image.Image, path: Path, max_pixels: int) -> None:
         )
 
 
-def _decode_plain_jpeg(
-    path: Path, picture: Image.Image, *, upright: bool, short_side: int | None
-) -> Pixels | None:
-    """What nearly all photos are, by OpenCV: a third faster, and smaller where that is enough.
-
-    None for anything else. OpenCV fills up a JPEG that was cut short without a word, so one without
-    its end marker is left to Pillow, which tells.
-    """
+def is_plain_jpeg(picture: Image.Image, *, upright: bool) -> bool:
+    """Whether `decode_plain_jpeg` can take an opened picture: what nearly all photos are."""
     if picture.format != "JPEG" or picture.mode not in {"RGB", "L"}:
+        return False
+    return not upright or picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+def decode_plain_jpeg(path: Path, size: tuple[int, int], short_side: int | None) -> Pixels | None:
+    """Decode by OpenCV: a third faster, and smaller where that is enough.
+
+    OpenCV fills up a JPEG that was cut short without a word, so one without its end marker is left
+    to `read_image`, which tells.
+
+    Args:
+        size: height and width that the picture is known to have.
+        short_side: as in `read_sized_image`.
+
+    Returns:
+        H W 3 uint8 RGB, or None where the file is not what it is said to be.
+    """
+    try:
+        content = np.fromfile(path, dtype=np.uint8)
+    except OSError:
         return None
-    if upright and picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        return None
-    content = np.fromfile(path, dtype=np.uint8)
     if _JPEG_END not in content[-_JPEG_TAIL:].tobytes():
         return None
     smaller = 1
-    while short_side is not None and smaller < 8:
-        if min(picture.size) < 2 * smaller * short_side:
-            break
+    while short_side is not None and smaller < 8 and min(size) >= 2 * smaller * short_side:
         smaller *= 2
     # Half, a quarter and an eighth have no flag for RGB.
     reduced = _REDUCED.get(smaller, cv2.IMREAD_COLOR_RGB)
     pixels = cv2.imdecode(content, reduced | cv2.IMREAD_IGNORE_ORIENTATION)
-    if pixels is None:
+    if pixels is None or pixels.shape[:2] != (-(-size[0] // smaller), -(-size[1] // smaller)):
         return None
     if smaller > 1:
         cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)

@@ -102,6 +102,10 @@ PICTURES = {"numpy", "cv2", "PIL"}
         (["train", "--set", "optim.lrr=1"], HEAVY | PICTURES),
         (["eval", "--split", "test"], HEAVY | PICTURES),
         (["predict", "nope.jpg"], HEAVY),
+        (["prepare", "a", "b", "--set", "data.x=1"], HEAVY | PICTURES),
+        (["prepare", "nowhere", "b"], HEAVY),
+        (["doctor", "--help"], HEAVY | PICTURES),
+        (["doctor", "--set", "data.x=1"], HEAVY | PICTURES),
     ],
 )
 def test_help_and_usage_errors_import_no_heavy_library(

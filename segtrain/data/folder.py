@@ -37,7 +37,7 @@ from segtrain.data.mask_files import (
 from segtrain.data.sample import Catalog, LabelRules, Sample, identity, tolerated
 from segtrain.data.threads import in_threads
 from segtrain.errors import DataError
-from segtrain.images import read_sized_image, resize_image, scaled_size
+from segtrain.images import Pixels, decode_plain_jpeg, read_sized_image, resize_image, scaled_size
 
 Mask = npt.NDArray[np.uint8]
 
@@ -72,7 +72,7 @@ class FolderPeople:
         scan = scan_pairs(pairs, digest)
         fine = self._usable(pairs, scan)
         self._pairs: list[Pair] = [pairs[row] for row in fine]
-        self._upright = scan.upright[fine]
+        self._upright, self._plain = scan.upright[fine], scan.plain[fine]
         facts = [scan.facts(row) for row in fine]
         self._tables = self._tables_of(facts)
         # A prepared folder's gray levels tell nobody apart.
@@ -86,10 +86,8 @@ class FolderPeople:
     def sample(self, index: int, short_side: int | None = None) -> Sample:
         """As `Source.sample`."""
         pair = self._pairs[index]
-        image, size = read_sized_image(
-            pair.picture, upright=bool(self._upright[index]), short_side=short_side
-        )
         mask = self._mask(index)
+        image, size = self._image(index, short_side)
         if size != mask.shape:
             raise DataError(f"{pair.mask} and {pair.picture} differ in size; restore the originals")
         if short_side is not None:
@@ -98,6 +96,16 @@ class FolderPeople:
             if size != mask.shape:
                 mask = _nearest(mask, size)
         return Sample(image=image, mask=mask, image_id=pair.stem)
+
+    def _image(self, index: int, short_side: int | None) -> tuple[Pixels, tuple[int, int]]:
+        """As `read_sized_image`, without a second look at what the scan has seen."""
+        path, upright = self._pairs[index].picture, bool(self._upright[index])
+        if self._plain[index]:
+            height, width = self.catalog.sizes[index].tolist()
+            image = decode_plain_jpeg(path, (height, width), short_side)
+            if image is not None:
+                return image, (height, width)
+        return read_sized_image(path, upright=upright, short_side=short_side)
 
     def picture_path(self, index: int) -> Path:
         return self._pairs[index].picture

@@ -3,7 +3,6 @@
 import hashlib
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from segtrain.data.folder_layout import Pair
 from segtrain.data.mask_files import Facts, Kind, facts_of, load_mask
 from segtrain.data.threads import in_threads
 from segtrain.errors import DataError
-from segtrain.images import FORMATS, decoding
+from segtrain.images import FORMATS, decoding, is_plain_jpeg
 
 SCAN_VERSION = 1
 
@@ -28,12 +27,14 @@ class Scan:
     """What a look at every pair has found; arrays of a row a pair.
 
     status: FINE or what is wrong. sizes: N 2, height and width of the sample. upright: whether the
-    picture has to be turned as its EXIF orientation says. The others are those of `Facts`.
+    picture has to be turned as its EXIF orientation says. plain: whether it is a JPEG that needs no
+    second look before it is decoded. The others are those of `Facts`.
     """
 
     status: npt.NDArray[np.uint8]
     sizes: npt.NDArray[np.int32]
     upright: npt.NDArray[np.bool_]
+    plain: npt.NDArray[np.bool_]
     kind: npt.NDArray[np.uint8]
     present: npt.NDArray[np.bool_]
     extremes: npt.NDArray[np.float32]
@@ -69,6 +70,7 @@ def scan_pairs(pairs: list[Pair], digest: str) -> Scan:
             status=np.zeros(n, dtype=np.uint8),
             sizes=np.zeros((n, 2), dtype=np.int32),
             upright=np.ones(n, dtype=bool),
+            plain=np.zeros(n, dtype=bool),
             kind=np.zeros(n, dtype=np.uint8),
             present=np.zeros((n, 256), dtype=bool),
             extremes=np.zeros(n, dtype=np.float32),
@@ -87,7 +89,10 @@ def _look_at(pair: Pair, row: int, found: Scan) -> None:
     """Fill in one row."""
     try:
         mask = load_mask(pair.mask)
-        stored, orientation = _stored_size(pair.picture)
+        with decoding(pair.picture), Image.open(pair.picture, formats=FORMATS) as picture:
+            stored = picture.height, picture.width
+            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+            plain = is_plain_jpeg(picture, upright=True)
     except DataError:
         found.status[row] = DAMAGED
         return
@@ -101,13 +106,7 @@ def _look_at(pair: Pair, row: int, found: Scan) -> None:
     found.sizes[row] = mask.levels.shape
     # Of a square picture, or one turned by 180 degrees, the mask lies on the upright one.
     found.upright[row] = mask.levels.shape == upright
+    found.plain[row] = plain
     found.kind[row], found.present[row] = facts.kind, facts.present
     found.extremes[row], found.border[row] = facts.extremes, facts.border
     found.middle[row] = facts.middle
-
-
-def _stored_size(path: Path) -> tuple[tuple[int, int], int]:
-    """Height and width as stored, and the EXIF orientation."""
-    with decoding(path), Image.open(path, formats=FORMATS) as picture:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-        return (picture.height, picture.width), orientation

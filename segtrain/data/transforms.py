@@ -158,7 +158,9 @@ class TrainTransform:
 
     def short_side(self, *, seed: int, epoch: int, index: int) -> int:
         """The scale for this picture: its short side in pixels, before the call."""
-        return round(self.image_size * _draws(seed, epoch, index).uniform(*self.scale))
+        smallest, largest = self.scale
+        lot = _lots(seed, epoch, index)[0] / 2**32
+        return round(self.image_size * (smallest + (largest - smallest) * lot))
 
     def __call__(
         self,
@@ -174,15 +176,13 @@ class TrainTransform:
         Args:
             backdrop: gives a picture without people for any number, or None where there is none.
         """
-        draws = _draws(seed, epoch, index)
-        draws.uniform()  # the scale's
         # Per sample, because albumentations' own seeding repeats itself in every worker and epoch.
-        geometry_seed, pixel_seed, lot = (int(draws.integers(2**32)) for _ in range(3))
+        _, geometry_seed, pixel_seed, paste, place = _lots(seed, epoch, index)
         image, mask = _applied(self._geometry, geometry_seed, sample.image, sample.mask)
-        if backdrop is not None and draws.uniform() < self.paste and (mask == PERSON).any():
-            behind = backdrop(lot)
+        if backdrop is not None and paste < self.paste * 2**32 and (mask == PERSON).any():
+            behind = backdrop(place)
             if behind is not None:
-                image, mask = _pasted(image, mask, _cover(behind, self.image_size, draws))
+                image, mask = _pasted(image, mask, _cover(behind, self.image_size, place))
         if self._pixels is not None:
             image, mask = _applied(self._pixels, pixel_seed, image, mask)
         return Sample(
@@ -192,8 +192,9 @@ class TrainTransform:
         )
 
 
-def _draws(seed: int, epoch: int, index: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, index])))
+def _lots(seed: int, epoch: int, index: int) -> list[int]:
+    """Numbers in 0..2**32 for: scale, geometry, pixels, whether to paste, on what and where."""
+    return np.random.SeedSequence([seed, epoch, index]).generate_state(5).tolist()  # type: ignore[no-any-return]
 
 
 def _applied(compose: A.Compose, seed: int, image: Pixels, mask: Pixels) -> tuple[Pixels, Pixels]:
@@ -202,8 +203,9 @@ def _applied(compose: A.Compose, seed: int, image: Pixels, mask: Pixels) -> tupl
     return changed["image"], changed["mask"]
 
 
-def _cover(picture: Pixels, side: int, draws: np.random.Generator) -> Pixels:
+def _cover(picture: Pixels, side: int, seed: int) -> Pixels:
     """A random square of a picture, which is enlarged where it is smaller."""
+    draws = np.random.default_rng(seed)
     height, width = picture.shape[:2]
     factor = max(1.0, side / min(height, width))
     size = max(side, round(height * factor)), max(side, round(width * factor))
