@@ -263,10 +263,11 @@ def prepare(
 
     from segtrain.config import load_config
     from segtrain.cores import usable_cores
+
+    config = load_config(flags={"data.root": source}, sets=set_ or [])
     from segtrain.data import describe_roots, named_data_roots
     from segtrain.data.prepare import prepare as prepare_folder
 
-    config = load_config(flags={"data.root": source}, sets=set_ or [])
     [root], _ = named_data_roots(source) or ([Path(source)], "")
     _to_stderr(f"data: {describe_roots([root])}")
     result = prepare_folder(
