@@ -5,7 +5,7 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,20 @@ from conftest import Command, Finished
 from PIL import Image, ImageEnhance
 
 from segtrain.data import open_dataset
-from segtrain.doctor import environment, inspection, opencv
+from segtrain.doctor import environment, inspection, learning, opencv
 from segtrain.doctor.duplicates import fingerprint, near_duplicates
-from segtrain.doctor.environment import DriverGpu
+from segtrain.doctor.environment import DriverGpu, Gpu
 
 NUM_TRAIN, NUM_VAL = 24, 20
 Usage = namedtuple("Usage", "total used free")
+
+H100: dict[str, Any] = {
+    "name": "NVIDIA H100",
+    "memory": 85 * 10**9,
+    "free": 80 * 10**9,
+    "capability": "9.0",
+    "bf16": True,
+}
 
 # Of the machine that runs the tests, not of the data.
 OF_THE_MACHINE = {"gpu", "memory", "disk", "shared-memory"}
@@ -171,6 +179,7 @@ def test_passes_healthy_data_and_leaves_it_alone(
     assert names == ["contact_sheet.png", "person_area.png", "augmentations.png"]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_learns_healthy_pictures_by_heart(doctor: Doctor, healthy_coco: Path) -> None:
     examined = doctor(healthy_coco, "--device", "cpu", learning=True)
 
@@ -179,17 +188,30 @@ def test_learns_healthy_pictures_by_heart(doctor: Doctor, healthy_coco: Path) ->
     assert float(said.split("person IoU of ")[1].split()[0]) > 0.9
 
 
-def test_a_network_that_learns_nothing_is_a_warning(
-    doctor: Doctor, healthy_coco: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("one_thread")
+def test_masks_that_follow_nothing_cannot_be_learnt(
+    doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segtrain.doctor import learning
-
-    monkeypatch.setattr(learning, "_LEARNING_RATE", 0.0)
-    monkeypatch.setattr(learning, "_ROUNDS", 1)
-    examined = doctor(healthy_coco, "--device", "cpu", learning=True)
+    rows = [image_row(i, 80, 80) for i in range(1, 5)]
+    boxes = [[x, y, x + 40, y, x + 40, y + 40, x, y + 40] for x in (0, 40) for y in (0, 40)]
+    people = [annotation_row(i, i, [box]) for i, box in enumerate(boxes, start=1)]
+    for split in ("train", "val"):
+        write_coco(tmp_path / "gray", split, rows, people)  # all pictures the same gray
+    monkeypatch.setattr(learning, "_SIDE", 32)
+    monkeypatch.setattr(learning, "_ROUNDS", 7)
+    examined = doctor(tmp_path / "gray", "--device", "cpu", learning=True)
 
     assert "contact_sheet.png" in examined.found("learning", "warning")
     assert examined.done.code == 10
+
+
+def test_a_machine_too_slow_to_tell_is_no_warning() -> None:
+    learnt = learning.Learnt(person_iou=0.4, num_pictures=4, num_steps=9, seconds=20)
+
+    [(level, message, _)] = learning.judge_learning(learnt)
+
+    assert level == "note"
+    assert "9 steps" in message
 
 
 def test_the_table_says_what_json_says(
@@ -566,6 +588,26 @@ def test_a_gpu_that_torch_would_not_use(doctor: Doctor, monkeypatch: pytest.Monk
     assert "driver 570.1 may be too old" in doctor().found("gpu", "warning")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "unset CUDA_VISIBLE_DEVICES" in doctor().found("gpu", "warning")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "levels", "words"),
+    [
+        (Gpu(**H100), ["ok"], "85.0 GB (80.0 free), compute capability 9.0, bf16, driver 570.1"),
+        (Gpu(**{**H100, "bf16": False}), ["ok"], "no bf16"),
+        (Gpu(**{**H100, "free": 10**9}), ["ok", "warning"], "only 1.0 GB are free on cuda:0"),
+        (Gpu(**H100, problem="no kernel image"), ["error"], "does not work: no kernel image"),
+    ],
+)
+def test_gpus_that_torch_sees(gpu: Gpu, levels: list[str], words: str) -> None:
+    machine = environment.look_at_machine(device_problem="", folders={}, shared_memory_needed=0)
+    driver = [DriverGpu(name="NVIDIA H100", driver="570.1")]
+    machine = replace(machine, gpus=[gpu], driver_gpus=driver)
+
+    verdicts = list(environment.check_gpus(machine))
+
+    assert [level for level, _, _ in verdicts] == levels
+    assert words in verdicts[-1][1]
 
 
 def test_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

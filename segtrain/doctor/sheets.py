@@ -28,7 +28,7 @@ NUM_AUGMENTED, NUM_DRAWS = 6, 7
 _COLUMNS = 6
 _CELL = 256
 _GAP = 8
-_CAPTION = 22
+_CAPTION, _NARROWEST_CAPTION = 22, 150
 _HEADING = 40
 _PAPER, _INK, _FAINT = (32, 32, 32), (235, 235, 235), (165, 165, 165)
 _PERSON_COLOUR = np.array([255, 0, 140], dtype=np.float32)
@@ -70,8 +70,11 @@ def write_augmentations(path: Path, pictures: Pictures, config: DataConfig) -> N
     transform = TrainTransform(config.image_size, config.augment, config.scale)
     images = TrainImages(pictures, transform, seed=0)
     cells = []
-    # Without the extremes: of a speck or a picture full of people there is little to see.
-    for index in _with_people(pictures, NUM_AUGMENTED + 2)[1:-1]:
+    chosen = _with_people(pictures, NUM_AUGMENTED + 2)
+    if len(chosen) > NUM_AUGMENTED:
+        # Without the extremes: of a speck or a picture full of people there is little to see.
+        chosen = chosen[1 : NUM_AUGMENTED + 1]
+    for index in chosen:
         original = _sample_or_none(pictures, index)
         if original is None:
             continue
@@ -115,7 +118,7 @@ def write_person_area(path: Path, splits: Sequence[Split]) -> None:
         xticks=range(0, 101, 10),
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside lower center", ncols=len(splits))
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     write_bytes(path, png.getvalue())
@@ -178,7 +181,8 @@ def _sample_or_none(pictures: Pictures, index: int) -> Sample | None:
 
 
 def _share(sample: Sample) -> str:
-    return f"{(sample.mask == PERSON).mean():.0%}"
+    share = float((sample.mask == PERSON).mean())
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def _block(heading: str, cells: Sequence[Cell], columns: int) -> Image.Image:
@@ -205,12 +209,13 @@ def _block(heading: str, cells: Sequence[Cell], columns: int) -> Image.Image:
 def _write_caption(draw: ImageDraw.ImageDraw, cell: Cell, left: int, middle: int) -> None:
     """The share at the right; the id at the left, its beginning cut off where it is too long."""
     font = _font(13)
-    room = _CELL - draw.textlength(f"  {cell.share}", font)
+    width = max(cell.picture.shape[1], _NARROWEST_CAPTION)
+    room = width - draw.textlength(f"  {cell.share}", font)
     caption = cell.caption
     while draw.textlength(caption, font) > room and len(caption) > 1:
         caption = "…" + caption[2:]
     draw.text((left, middle), caption, _INK, font, anchor="lm")
-    draw.text((left + _CELL, middle), cell.share, _FAINT, font, anchor="rm")
+    draw.text((left + width, middle), cell.share, _FAINT, font, anchor="rm")
 
 
 @cache
