@@ -5,17 +5,19 @@ same pictures. The picture comes scaled already: a source that knows the scale d
 """
 
 import os
+import random
 
 # albumentations asks the network for its newest version when it is imported; nothing here does.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import albumentations as A
 import cv2
 import numpy as np
+from albumentations.augmentations.geometric.distortion import BaseDistortion
 
 from segtrain.classes import BACKGROUND, IGNORE, PERSON
 from segtrain.data.sample import Sample
@@ -26,20 +28,23 @@ Backdrop = Callable[[int], Pixels | None]
 
 # What lies beyond a picture: the mean of ImageNet, which the networks see as zero.
 _FILL = (124.0, 116.0, 104.0)
-_MARGIN = 1.2  # turned and bent pictures are cropped from larger ones, to show less beyond them
+# A square turned by 20 degrees reaches a seventh of its side further; bending adds to that.
+_MARGIN = 0.15
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What is done to a picture, in this order.
+    """What is done to a picture after it was scaled and cropped, in this order.
 
     scale: range of the short side before the crop, in crops.
-    geometry: crops and moves image and mask together.
+    margin: pixels that `geometry` gets on each side of the crop and has to take away again.
+    geometry: moves image and mask together.
     paste: probability that the people are put on a picture without people.
     pixels: changes the image alone, but for holes, which the mask ignores.
     """
 
     scale: tuple[float, float]
+    margin: int = 0
     geometry: list[A.BasicTransform]
     paste: float = 0.0
     pixels: list[A.BasicTransform] = field(default_factory=list)
@@ -47,30 +52,25 @@ class Preset:
 
 def paper(size: int) -> Preset:
     """Random crop and horizontal flip (Jégou et al. 2017, arXiv 1611.09326, section 4.1)."""
-    return Preset(scale=(1.0, 1.5), geometry=[*_crop(size), A.HorizontalFlip(p=0.5)])
+    return Preset(scale=(1.0, 1.5), geometry=[A.HorizontalFlip(p=0.5)])
 
 
 def standard(size: int) -> Preset:
     """Larger and smaller people, other light, and what cameras and the web do to photos."""
-    return Preset(
-        scale=(0.5, 2.0),
-        geometry=[*_crop(size), A.HorizontalFlip(p=0.5)],
-        pixels=_photography(),
-    )
+    return Preset(scale=(0.5, 2.0), geometry=[A.HorizontalFlip(p=0.5)], pixels=_photography())
 
 
 def strong(size: int) -> Preset:
     """`standard`, and turned, bent, grayed, with holes, and on other backgrounds.
 
-    Elastic deformation on a coarse grid: Ronneberger et al. 2015 (arXiv 1505.04597, section 3.1).
-    Holes: DeVries and Taylor 2017 (arXiv 1708.04552); here the mask ignores them, for nobody can
-    see what they hide. People on other backgrounds: Ghiasi et al. 2021 (arXiv 2012.07177).
+    Bent as in Ronneberger et al. 2015 (arXiv 1505.04597, section 3.1). Holes: DeVries and Taylor
+    2017 (arXiv 1708.04552); here the mask ignores them, for nobody can see what they hide. People
+    on other backgrounds: Ghiasi et al. 2021 (arXiv 2012.07177).
     """
-    wide = round(size * _MARGIN)
     return Preset(
         scale=(0.5, 2.0),
+        margin=round(size * _MARGIN),
         geometry=[
-            *_crop(wide),
             A.Affine(
                 rotate=(-20, 20),
                 border_mode=cv2.BORDER_CONSTANT,
@@ -78,7 +78,7 @@ def strong(size: int) -> Preset:
                 fill_mask=IGNORE,
                 p=0.5,
             ),
-            A.GridElasticDeform(num_grid_xy=(4, 4), magnitude=max(1, wide // 24), p=0.3),
+            _Bend(size / 40, p=0.3),
             A.CenterCrop(size, size),
             A.HorizontalFlip(p=0.5),
         ],
@@ -105,22 +105,8 @@ PRESETS: dict[str, Callable[[int], Preset]] = {
 }
 
 
-def _crop(size: int) -> list[A.BasicTransform]:
-    """A random square; where the picture is smaller it lies anywhere in it."""
-    return [
-        A.RandomCrop(
-            size,
-            size,
-            pad_if_needed=True,
-            pad_position="random",
-            border_mode=cv2.BORDER_CONSTANT,
-            fill=_FILL,
-            fill_mask=IGNORE,
-        )
-    ]
-
-
 def _photography() -> list[A.BasicTransform]:
+    """Light and colour, now and then out of focus or compressed."""
     return [
         A.ColorJitter(
             brightness=(0.7, 1.3),
@@ -132,6 +118,40 @@ def _photography() -> list[A.BasicTransform]:
         A.GaussianBlur(sigma_limit=(0.3, 1.5), p=0.15),
         A.ImageCompression(quality_range=(40, 95), p=0.2),
     ]
+
+
+class _Bend(BaseDistortion):  # type: ignore[misc]  # albumentations carries no types
+    """Elastic deformation: a 3 x 3 grid of random shifts, bicubic in between.
+
+    Ronneberger et al. 2015, section 3.1. albumentations' own elastic transforms draw a shift for
+    every pixel or warp the whole picture once a cell, which takes ten times as long.
+
+    Args:
+        sigma: standard deviation of the shifts, pixels.
+        p: probability.
+    """
+
+    def __init__(self, sigma: float, p: float) -> None:
+        super().__init__(
+            interpolation=cv2.INTER_LINEAR,
+            mask_interpolation=cv2.INTER_NEAREST,
+            keypoint_remapping_method="mask",
+            border_mode=cv2.BORDER_CONSTANT,
+            fill=_FILL,
+            fill_mask=IGNORE,
+            p=p,
+        )
+        self.sigma = sigma
+
+    def get_params_dependent_on_data(
+        self, params: dict[str, Any], data: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Where each pixel comes from, as cv2.remap wants it."""
+        height, width = params["shape"][:2]
+        grid = self.random_generator.normal(0, self.sigma, (3, 3, 2)).astype(np.float32)
+        shifts = cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
+        rows, columns = np.ogrid[:height, :width]
+        return {"map_x": columns + shifts[..., 0], "map_y": rows + shifts[..., 1]}
 
 
 class TrainTransform:
@@ -149,12 +169,11 @@ class TrainTransform:
         augment: Augment = "paper",
         scale: tuple[float, float] | None = None,
     ) -> None:
-        preset = PRESETS[augment](image_size)
         self.image_size = image_size
-        self.scale = scale or preset.scale
-        self.paste = preset.paste
-        self._geometry = A.Compose(preset.geometry)
-        self._pixels = A.Compose(preset.pixels) if preset.pixels else None
+        self._preset = PRESETS[augment](image_size)
+        self.scale = scale or self._preset.scale
+        self._geometry = A.Compose(self._preset.geometry)
+        self._pixels = A.Compose(self._preset.pixels) if self._preset.pixels else None
 
     def short_side(self, *, seed: int, epoch: int, index: int) -> int:
         """The scale for this picture: its short side in pixels, before the call."""
@@ -171,47 +190,82 @@ class TrainTransform:
         index: int,
         backdrop: Backdrop | None = None,
     ) -> Sample:
-        """A scaled picture of any H W → image_size image_size, both uint8; `sample` stays as it is.
+        """A scaled picture of any H W → image_size image_size, both uint8, in memory of their own.
+
+        Beyond the picture the image has one colour and the mask says ignore. `sample` stays as it
+        is.
 
         Args:
             backdrop: gives a picture without people for any number, or None where there is none.
         """
-        # Per sample, because albumentations' own seeding repeats itself in every worker and epoch.
-        _, geometry_seed, pixel_seed, paste, place = _lots(seed, epoch, index)
-        image, mask = _applied(self._geometry, geometry_seed, sample.image, sample.mask)
-        if backdrop is not None and paste < self.paste * 2**32 and (mask == PERSON).any():
+        _, top, left, geometry_seed, paste, place, pixel_seed = _lots(seed, epoch, index)
+        image, mask = self._cropped(sample, top, left)
+        image, mask = _applied(self._geometry, geometry_seed, image, mask)
+        if backdrop is not None and paste < self._preset.paste * 2**32 and (mask == PERSON).any():
             behind = backdrop(place)
             if behind is not None:
                 image, mask = _pasted(image, mask, _cover(behind, self.image_size, place))
         if self._pixels is not None:
             image, mask = _applied(self._pixels, pixel_seed, image, mask)
-        return Sample(
-            image=np.ascontiguousarray(image),
-            mask=np.ascontiguousarray(mask),
-            image_id=sample.image_id,
-        )
+        return Sample(image=image.copy(), mask=mask.copy(), image_id=sample.image_id)
+
+    def _cropped(self, sample: Sample, top_lot: int, left_lot: int) -> tuple[Pixels, Pixels]:
+        """A random square and the margin around it.
+
+        By hand and not by albumentations, whose padding would hide what lies beside the crop.
+        """
+        height, width = sample.mask.shape
+        margin = self._preset.margin
+        top = _start(height, self.image_size, top_lot) - margin
+        left = _start(width, self.image_size, left_lot) - margin
+        side = self.image_size + 2 * margin
+        image = _square(sample.image, top, left, side, _FILL)
+        return image, _square(sample.mask, top, left, side, (IGNORE,))
 
 
 def _lots(seed: int, epoch: int, index: int) -> list[int]:
-    """Numbers in 0..2**32 for: scale, geometry, pixels, whether to paste, on what and where."""
-    return np.random.SeedSequence([seed, epoch, index]).generate_state(5).tolist()  # type: ignore[no-any-return]
+    """Numbers in 0..2**32 for: scale, top, left, geometry, whether to paste, on what, pixels."""
+    return np.random.SeedSequence([seed, epoch, index]).generate_state(7).tolist()  # type: ignore[no-any-return]
+
+
+def _start(length: int, side: int, lot: int) -> int:
+    """Where a crop begins: all of it inside, or a length that is shorter anywhere in it."""
+    spare = length - side
+    return min(0, spare) + (lot * (abs(spare) + 1) >> 32)
+
+
+def _square(picture: Pixels, top: int, left: int, side: int, fill: tuple[float, ...]) -> Pixels:
+    """A window of H W or H W 3 that may reach beyond it on every side: there it is `fill`."""
+    height, width = picture.shape[:2]
+    bottom, right = top + side, left + side
+    inside = picture[max(0, top) : bottom, max(0, left) : right]
+    above, below = max(0, -top), max(0, bottom - height)
+    before, behind = max(0, -left), max(0, right - width)
+    if not (above or below or before or behind):
+        return inside
+    padded = cv2.copyMakeBorder(
+        inside, above, below, before, behind, cv2.BORDER_CONSTANT, value=fill
+    )
+    return np.asarray(padded, dtype=np.uint8)
 
 
 def _applied(compose: A.Compose, seed: int, image: Pixels, mask: Pixels) -> tuple[Pixels, Pixels]:
-    compose.set_random_seed(seed)
+    # For every picture, since albumentations' own seeds are the same in every worker and epoch. And
+    # by state: set_random_seed gives each transform a generator of the same seed, and whatever is
+    # mirrored would be turned, too.
+    compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
     changed = compose(image=image, mask=mask)
     return changed["image"], changed["mask"]
 
 
 def _cover(picture: Pixels, side: int, seed: int) -> Pixels:
-    """A random square of a picture, which is enlarged where it is smaller."""
+    """A random square of a picture, enlarged where the picture is smaller."""
     draws = np.random.default_rng(seed)
     height, width = picture.shape[:2]
-    factor = max(1.0, side / min(height, width))
-    size = max(side, round(height * factor)), max(side, round(width * factor))
-    picture = resize_image(picture, size)
-    top, left = (int(draws.integers(length - side + 1)) for length in size)
-    return picture[top : top + side, left : left + side]
+    # Cropped before it is enlarged: all of a long strip would take hundreds of megabytes.
+    window = min(side, height, width)
+    top, left = (int(draws.integers(length - window + 1)) for length in (height, width))
+    return resize_image(picture[top : top + window, left : left + window], (side, side))
 
 
 def _pasted(image: Pixels, mask: Pixels, behind: Pixels) -> tuple[Pixels, Pixels]:
