@@ -31,7 +31,7 @@ from pycocotools.coco import COCO
 
 import segtrain
 from segtrain.data import open_dataset
-from segtrain.data.coco import CocoPeople, is_coco
+from segtrain.data.coco import CocoPeople, _unrolled, is_coco
 from segtrain.data.sample import LabelRules
 from segtrain.errors import DataError
 
@@ -211,7 +211,19 @@ def test_masks_are_drawn_at_the_size_asked_for(tmp_path: Path) -> None:
             np.pi * 40**2 / (height * width), rel=0.06
         )
         y, x = np.nonzero(sample.mask == 255)
-        assert [y.mean() / factor, x.mean() / factor] == pytest.approx([40, 130], abs=1 / factor)
+        middle = (y.mean() + 0.5) / factor, (x.mean() + 0.5) / factor
+        assert middle == pytest.approx((40, 130), abs=1 / factor)
+
+
+def test_scaling_run_lengths_moves_them_to_no_side() -> None:
+    """The right part of a picture, from every column on: on average it keeps its width."""
+    height, width, scaled = 8, 160, (6, 120)
+    errors = []
+    for start in range(1, width):
+        runs = np.array([start * height, (width - start) * height], dtype=np.int32)
+        columns = _unrolled(runs, (height, width), scaled)[0].sum()
+        errors.append(columns / 0.75 - (width - start))
+    assert abs(np.mean(errors)) < 0.1
 
 
 # --------------------------------------------------------------------------- the kept index

@@ -212,8 +212,11 @@ def _unrolled(
     values = (np.arange(len(runs)) % 2).astype(np.uint8)
     region = np.repeat(values, runs).reshape(width, height).T
     if size != original:
+        # Plain INTER_NEAREST would move the region by half a pixel.
         region = np.asarray(
-            cv2.resize(np.ascontiguousarray(region), size[::-1], interpolation=cv2.INTER_NEAREST),
+            cv2.resize(
+                np.ascontiguousarray(region), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT
+            ),
             dtype=np.uint8,
         )
     return region.view(bool)

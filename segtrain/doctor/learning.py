@@ -146,7 +146,7 @@ def _samples(pictures: Pictures) -> Iterator[Sample]:
             sample = pictures.sample(index, _SIDE)
         except DataError:
             continue
-        mask = cv2.resize(sample.mask, (_SIDE, _SIDE), interpolation=cv2.INTER_NEAREST)
+        mask = cv2.resize(sample.mask, (_SIDE, _SIDE), interpolation=cv2.INTER_NEAREST_EXACT)
         yield Sample(
             image=resize_image(sample.image, (_SIDE, _SIDE)),
             mask=np.asarray(mask, dtype=np.uint8),

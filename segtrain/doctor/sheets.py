@@ -134,7 +134,7 @@ def laid_over(sample: Sample, side: int = _CELL) -> Pixels:
     size = max(1, round(width * scale)), max(1, round(height * scale))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     picture = cv2.resize(sample.image, size, interpolation=interpolation).astype(np.float32)
-    mask = cv2.resize(sample.mask, size, interpolation=cv2.INTER_NEAREST)
+    mask = cv2.resize(sample.mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
     person = mask == PERSON
     picture[person] = (1 - _TINT) * picture[person] + _TINT * _PERSON_COLOUR
     rows, columns = np.indices(mask.shape)
