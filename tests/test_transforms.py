@@ -181,6 +181,7 @@ def test_strong_turns_pictures_by_up_to_twenty_degrees_and_bends_some() -> None:
     for crop in changed(transform, Sample(image=image, mask=mask, image_id="x"), 60):
         people = crop.mask[20:140, 20:140] == 1
         edges = people.argmax(axis=1) if not people[:, 0].any() else (~people).argmax(axis=1)
+        assert edges.min() > 0  # it crosses every row
         line = np.polyfit(np.arange(120), edges, 1)
         angles.append(abs(np.degrees(np.arctan(line[0]))))
         bends.append(np.abs(np.polyval(line, np.arange(120)) - edges).max())
