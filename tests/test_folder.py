@@ -17,6 +17,7 @@ from PIL import Image
 from segtrain.data import kind_of, open_dataset
 from segtrain.data.folder import FolderPeople
 from segtrain.data.folder_layout import is_folder
+from segtrain.data.mask_files import load_mask
 from segtrain.data.sample import LabelRules, identity
 from segtrain.errors import DataError
 
@@ -117,20 +118,24 @@ def as_alpha(index: int) -> Image.Image:
 
 
 def soft(index: int) -> Image.Image:
-    """Every gray from 0 to 255, half of them at least 128."""
-    mask = person(index).astype(int) * 128
+    """Black and white, and every gray in some rows: those below 128 where nobody is."""
+    mask = person(index).astype(int) * 255
     ramp = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) % 128
-    return Image.fromarray((mask + ramp).astype(np.uint8))
+    rows = np.arange(HEIGHT)[:, None] % 5 == 0
+    return Image.fromarray(np.where(rows, mask // 255 * 128 + ramp, mask).astype(np.uint8))
 
 
+DARK_BLUE = np.array([0, 0, 5], dtype=np.uint8)
 ENCODINGS: dict[str, tuple[Draw, str, str]] = {
     "0/1": (lambda i: Image.fromarray(person(i)), ".png", "0/1"),
     "0/255": (lambda i: Image.fromarray(person(i) * 255), ".png", "0/255"),
     "one bit": (lambda i: Image.fromarray(person(i) == 1), ".png", "0/255"),
-    "one gray": (lambda i: Image.fromarray(person(i) * 90), ".png", "0/255"),
+    "one gray": (lambda i: Image.fromarray(person(i) * 90), ".png", "one level"),
     "gray as RGB": (lambda i: Image.fromarray(person(i) * 255).convert("RGB"), ".png", "0/255"),
     "colours": (as_colours, ".png", "colours"),
+    "dark blue": (lambda i: Image.fromarray(person(i)[..., None] * DARK_BLUE), ".png", "one level"),
     "palette": (lambda i: with_palette(i, [0, 0, 0, 220, 20, 60]), ".png", "0/1"),
+    "black palette": (lambda i: with_palette(i, [0, 0, 0, 0, 0, 0]), ".png", "0/1"),
     "gray palette": (lambda i: with_palette(i, [0, 0, 0, 255, 255, 255]), ".png", "0/255"),
     "alpha": (as_alpha, ".png", "alpha"),
     "soft": (soft, ".png", "soft"),
@@ -165,6 +170,80 @@ def test_lossy_masks_are_cut_at_the_middle(tmp_path: Path) -> None:
     assert "soft" in source.notes[0]
 
 
+@pytest.mark.parametrize("level", [255, 200])
+def test_the_ringing_of_a_jpeg_is_nobody(level: int, tmp_path: Path) -> None:
+    """At 200 nothing is white, and the blocks around the person hold 1, 2, 3 ..."""
+
+    def draw(index: int) -> Image.Image:
+        return Image.fromarray(person(index) * np.uint8(level))
+
+    source = everything(make_folder(tmp_path, draw, suffix=".jpg"))
+    assert (source.sample(0).mask[:4, :40] == 0).all()
+    assert (source.sample(0).mask[12:28, 24:36] == 1).all()
+    assert set(source.catalog.num_people.tolist()) == {2}
+
+
+def test_shades_without_black_and_white_are_cut_at_the_middle(tmp_path: Path) -> None:
+    shades = np.arange(WIDTH, dtype=np.uint8) % 3
+    source = everything(
+        make_folder(tmp_path, lambda i: Image.fromarray(person(i) * np.uint8(250) + shades))
+    )
+    assert_equal(masks_of(source), expected())
+
+
+def test_wide_grays_are_no_reason_to_ignore_white(tmp_path: Path) -> None:
+    """One file with gray between black and white must not make the white of all files void."""
+
+    def draw(index: int) -> Image.Image:
+        mask = person(index) * np.uint8(255)
+        if index == 0:
+            mask[:12] = 128
+        return Image.fromarray(mask)
+
+    found = masks_of(everything(make_folder(tmp_path, draw)))
+    assert not any((mask == 255).any() for mask in found.values())
+    del found["p0"]
+    assert_equal(found, {name: mask for name, mask in expected().items() if name != "p0"})
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(np.uint16, 300), (np.int32, 70_000)])
+def test_large_numbers_of_people_stay_apart(
+    dtype: type[np.generic], number: int, tmp_path: Path
+) -> None:
+    def draw(index: int) -> Image.Image:
+        mask = person(index).astype(dtype)
+        mask[4:8, 50:54] = number
+        return Image.fromarray(mask)
+
+    source = everything(make_folder(tmp_path, draw, suffix=".tif"))
+    assert_equal(masks_of(source), expected())
+    assert set(source.catalog.num_people.tolist()) == {2}
+
+
+def test_one_number_is_one_person_where_other_files_have_several(tmp_path: Path) -> None:
+    def draw(index: int) -> Image.Image:
+        mask = person(index)
+        if index == 0:
+            mask[4:8, 50:54] = 2
+        return Image.fromarray(mask)
+
+    source = everything(make_folder(tmp_path, draw))
+    people = {source.stem(i): int(source.catalog.num_people[i]) for i in range(NUM)}
+    assert people == {f"p{i}": 2 if i == 0 else 1 for i in range(NUM)}
+    assert not any("mixed" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("number", [1, 15])
+def test_one_number_in_all_files_tells_nobody_apart(number: int, tmp_path: Path) -> None:
+    def draw(index: int) -> Image.Image:
+        mask = person(index) * np.uint8(number)
+        mask[0] = 255
+        return Image.fromarray(mask)
+
+    source = everything(make_folder(tmp_path, draw))
+    assert set(source.catalog.num_people.tolist()) == {2}
+
+
 def test_numbers_tell_people_apart(tmp_path: Path) -> None:
     source = everything(make_folder(tmp_path, as_numbers))
     wanted = expected()
@@ -188,6 +267,44 @@ def test_255_beside_numbers_is_ignored_in_all_files(tmp_path: Path) -> None:
     assert not found["p0"][1:].any()
     assert (found["p1"][0] == 255).all()
     assert np.array_equal(found["p1"][1:], person(1)[1:])
+
+
+def with_void(*, numbers: int, both: int, white: int, path: Path) -> FolderPeople:
+    """So many files of 0/1, of 0/1/255 and of 0/255, where white is the first row alone."""
+
+    def draw(index: int) -> Image.Image:
+        mask = person(index)
+        if index >= numbers + both:
+            mask[:] = 0
+        if index >= numbers:
+            mask[0] = 255
+        return Image.fromarray(mask)
+
+    names = [f"p{index}" for index in range(numbers + both + white)]
+    return everything(make_folder(path, draw, names=names))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "both", "white", "meaning"),
+    [
+        (0, 10, 20, 255),  # VOC: fewer pictures have people than void
+        (30, 4, 1, 255),  # void is rare, and rarer alone
+        (10, 1, 10, 1),  # 0/1 and 0/255 are mixed, and there is a stray file
+        (0, 1, 30, 1),  # 0/255, and a stray file
+    ],
+)
+def test_what_white_alone_means_depends_on_all_files(
+    numbers: int, both: int, white: int, meaning: int, tmp_path: Path
+) -> None:
+    source = with_void(numbers=numbers, both=both, white=white, path=tmp_path)
+    found = masks_of(source)
+    for index in range(numbers, numbers + both):
+        assert (found[f"p{index}"][0] == 255).all()
+    for index in range(numbers + both, numbers + both + white):
+        assert (found[f"p{index}"][0] == meaning).all()
+        assert not found[f"p{index}"][1:].any()
+    assert any("255 is ignored" in note for note in source.notes) == (meaning == 255)
+    assert any("mixed encodings" in note for note in source.notes) == (meaning == 1)
 
 
 def test_zero_one_and_zero_255_may_be_mixed(tmp_path: Path) -> None:
@@ -220,6 +337,18 @@ def test_empty_masks_are_said(tmp_path: Path) -> None:
     assert not source.catalog.num_people.any()
 
 
+def test_masks_without_anybody_are_said(tmp_path: Path) -> None:
+    """Read as soft masks should be, and still hardly what the user meant."""
+
+    def draw(index: int) -> Image.Image:
+        return Image.fromarray(person(index) * np.uint8(100))
+
+    dim = everything(make_folder(tmp_path / "dim", draw, suffix=".jpg"))
+    assert any("no mask has a person" in note for note in dim.notes)
+    good = everything(make_folder(tmp_path / "good"))
+    assert not any("no mask has a person" in note for note in good.notes)
+
+
 # --------------------------------------------------------------------------- rules
 
 
@@ -236,6 +365,60 @@ def test_the_largest_person_alone(draw: Draw | None, tmp_path: Path) -> None:
         index = 3
         share = (source.sample(index).mask == 1).mean()
         assert source.catalog.person_share[index] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("draw", [as_colours, as_numbers], ids=["colours", "numbers"])
+def test_rules_hold_for_inverted_masks_too(draw: Draw, tmp_path: Path) -> None:
+    """The one person is then all that is black."""
+    root = make_folder(tmp_path, draw)
+    plain = masks_of(everything(root))
+    source = everything(root, LabelRules(invert_masks=True, largest_only=True))
+    assert_equal(masks_of(source), {name: 1 - mask for name, mask in plain.items()})
+    assert set(source.catalog.num_people.tolist()) == {1}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    levels=st.lists(st.integers(0, 255), min_size=1, max_size=5),
+    mode=st.sampled_from(["1", "L", "P", "LA", "RGB", "RGBA", "I;16"]),
+    largest_only=st.booleans(),
+    invert_masks=st.booleans(),
+    min_person_area=st.sampled_from([0.0, 0.01, 0.3]),
+)
+def test_the_catalog_agrees_with_the_masks(
+    seed: int,
+    levels: list[int],
+    mode: str,
+    largest_only: bool,
+    invert_masks: bool,
+    min_person_area: float,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    def draw(index: int) -> Image.Image:
+        rng = np.random.default_rng([seed, index])
+        blocks = rng.choice(levels, (5, 5)).repeat(8, axis=0).repeat(12, axis=1)
+        if mode == "I;16":
+            return Image.fromarray(blocks.astype(np.uint16) * 200)
+        picture = Image.fromarray(blocks.astype(np.uint8)).convert(mode)
+        if mode in {"LA", "RGBA"}:
+            picture.putalpha(Image.fromarray(blocks.T.astype(np.uint8)).resize(picture.size))
+        return picture
+
+    root = make_folder(tmp_path_factory.mktemp("any"), draw, names=["p0", "p1", "p2"])
+    rules = LabelRules(
+        largest_only=largest_only, invert_masks=invert_masks, min_person_area=min_person_area
+    )
+    try:
+        source = everything(root, rules)
+    except DataError:
+        return
+    for index in range(len(source)):
+        mask = source.sample(index).mask
+        assert set(np.unique(mask)) <= {0, 1, 255}
+        assert source.catalog.person_share[index] == pytest.approx((mask == 1).mean())
+        if (mask == 1).any():
+            assert source.catalog.num_people[index] >= 1
 
 
 # --------------------------------------------------------------------------- pairs and splits
@@ -273,6 +456,19 @@ def test_a_name_in_both_lists_is_an_error(tmp_path: Path) -> None:
     (root / "val.txt").write_text("p1\np2")
     with pytest.raises(DataError, match=r"2 names are in train\.txt and val\.txt, first p1, p2"):
         FolderPeople(root, "val")
+
+
+def test_lists_lead_nowhere_else(tmp_path: Path) -> None:
+    """Neither by dots nor by a linked folder; what is listed so is as good as missing."""
+    make_folder(tmp_path / "secret", names=["s"])
+    root = make_folder(tmp_path / "set")
+    for kind in ("images", "masks"):
+        (root / kind / "link").symlink_to(tmp_path / "secret" / kind)
+    (root / "train.txt").write_text("p0\np1\nlink/s")
+    assert stems(root, "train") == ["p0", "p1"]
+    (root / "train.txt").write_text(f"p0\n../../secret/images/s\n{tmp_path}/secret/images/s.jpg")
+    with pytest.raises(DataError, match=r"2 of 3 are listed .* but not there"):
+        FolderPeople(root, "train")
 
 
 @pytest.mark.parametrize("outer", [True, False])
@@ -356,6 +552,12 @@ def test_exchanged_folders_are_recognised(tmp_path: Path) -> None:
         everything(root)
 
 
+def test_gray_photos_are_no_masks(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, lambda i: photo(i).convert("L"))
+    with pytest.raises(DataError, match="the masks are gray photos; are images/ and masks/ exch"):
+        everything(root)
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -419,6 +621,24 @@ def test_a_mask_that_changes_its_size_later_is_a_data_error(tmp_path: Path) -> N
         source.sample(2)
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "1"])
+def test_a_damaged_png_is_an_error_and_never_half_a_mask(
+    mode: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mask = np.random.default_rng(0).integers(0, 2, (12, 20), dtype=np.uint8) * 255
+    path = tmp_path / "mask.png"
+    Image.fromarray(mask).convert(mode).save(path)
+    good = path.read_bytes()
+    assert set(np.unique(load_mask(path).levels)) == {0, 255}
+    spoiled = [good[:cut] for cut in range(len(good))]
+    spoiled += [good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :] for at in range(len(good))]
+    for content in spoiled:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"mask\.png"):
+            load_mask(path)
+    assert capfd.readouterr() == ("", "")  # the decoders are not asked to complain
+
+
 @settings(max_examples=60, deadline=None)
 @given(content=st.binary(max_size=200), seed=st.integers(0, 2**32), cut=st.floats(0, 1))
 def test_whatever_lies_in_masks_a_mask_is_a_mask(
@@ -457,6 +677,24 @@ def test_image_and_mask_are_scaled_together(short_side: int, tmp_path: Path) -> 
         assert sample.mask.shape == sample.image.shape[:2]
         differing = (sample.image[..., 0] >= 128) != (sample.mask == 1)
         assert differing.mean() < 2.5 / short_side
+
+
+@pytest.mark.parametrize("short_side", [7, 13, 19])
+def test_scaling_does_not_move_the_mask(short_side: int, tmp_path: Path) -> None:
+    """The centre of a person stays where it is in the frame, to a quarter of a pixel."""
+
+    def draw(index: int) -> Image.Image:
+        mask = np.zeros((HEIGHT * 5, WIDTH * 5), dtype=np.uint8)
+        mask[40:160, 60:240] = 255
+        return Image.fromarray(mask)
+
+    root = make_folder(tmp_path, draw, names=["p0"])
+    photo(0).resize((WIDTH * 5, HEIGHT * 5)).save(root / "images" / "p0.jpg")
+    mask = everything(root).sample(0, short_side).mask
+    rows, columns = np.nonzero(mask == 1)
+    scale = short_side / (HEIGHT * 5)
+    assert abs(rows.mean() + 0.5 - 100 * scale) <= 0.25
+    assert abs(columns.mean() + 0.5 - 150 * scale) <= 0.25
 
 
 def test_a_second_opening_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,6 +751,19 @@ def test_a_manifest_says_what_gray_means_and_who_is_there(tmp_path: Path) -> Non
     assert source.catalog.has_crowd.sum() == 1
 
 
+def test_masks_that_are_not_as_the_manifest_says_are_not_used(tmp_path: Path) -> None:
+    """Zeros and ones would be nothing but background to a manifest that says 0 and 255."""
+    root = make_folder(tmp_path, lambda i: Image.fromarray(person(i) * np.uint8(255 if i else 1)))
+    write_manifest(root)
+    source = everything(root)
+    assert_equal(masks_of(source), {n: mask for n, mask in expected().items() if n != "p0"})
+    assert source.skipped == {"mask has values that manifest.json does not name": 1}
+
+    Image.fromarray(person(1)).save(root / "masks" / "p1.png")
+    with pytest.raises(DataError, match=r"not name in 2 of 12 pairs, first p0\.png, p1\.png; prep"):
+        everything(root)
+
+
 def test_people_of_a_prepared_folder_are_told_apart_by_their_places(tmp_path: Path) -> None:
     def draw(index: int) -> Image.Image:
         mask = person(index) * np.uint8(255)
@@ -538,6 +789,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     "changes",
     [
         {"mask_values": {"background": 0, "person": 999, "ignore": 128}},
+        {"mask_values": {"background": 0, "person": 255, "ignore": 255}},
         {"mask_values": [1, 2]},
         {"pictures": {"train/p0": {"identity": "xyz", "num_people": 1, "has_crowd": False}}},
         {"pictures": {"train/p0": {"identity": "ff", "num_people": -1, "has_crowd": False}}},

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from segtrain.classes import PERSON
 from segtrain.data.cache import Arrays, cached_arrays
-from segtrain.data.folder_layout import Pair, find_pairs, read_manifest
+from segtrain.data.folder_layout import Manifest, Pair, find_pairs, read_manifest
 from segtrain.data.folder_scan import (
     DAMAGED,
     FINE,
@@ -23,16 +23,19 @@ from segtrain.data.folder_scan import (
 )
 from segtrain.data.mask_files import (
     CODING_NAMES,
+    FACTS_VERSION,
     Coding,
     Facts,
-    Kind,
-    coding_of,
-    ignores_255,
+    Reading,
+    are_gray_photos,
+    are_mixed,
+    count_people,
     inverted,
     load_mask,
     meaning,
     obey,
     people_in,
+    read_values,
 )
 from segtrain.data.sample import Catalog, LabelRules, Sample, identity, tolerated
 from segtrain.data.threads import in_threads
@@ -41,10 +44,16 @@ from segtrain.images import Pixels, decode_plain_jpeg, read_sized_image, resize_
 
 Mask = npt.NDArray[np.uint8]
 
+_OTHER_VALUES = 100  # beside the numbers of `Scan.status`
 _PROBLEMS = {
     OTHER_SIZE: "mask has another size than its picture",
     DAMAGED: "picture or mask damaged",
     PHOTO: "mask is a photo",
+    _OTHER_VALUES: "mask has values that manifest.json does not name",
+}
+_REMEDIES = {
+    PHOTO: "are images/ and masks/ exchanged?",
+    _OTHER_VALUES: "prepare the folder anew or remove manifest.json",
 }
 
 
@@ -68,17 +77,17 @@ class FolderPeople:
         self.notes: list[str] = []
         self._manifest = read_manifest(root)
         pairs = find_pairs(root, split, self.skipped)
-        digest = digest_of(pairs)
+        digest = f"{FACTS_VERSION}-{digest_of(pairs)}"
         scan = scan_pairs(pairs, digest)
         fine = self._usable(pairs, scan)
         self._pairs: list[Pair] = [pairs[row] for row in fine]
         self._upright, self._plain = scan.upright[fine], scan.plain[fine]
         facts = [scan.facts(row) for row in fine]
-        self._tables = self._tables_of(facts)
-        # A prepared folder's gray levels tell nobody apart.
-        self._codings = [Coding.SOFT if self._manifest else coding_of(fact) for fact in facts]
-        self._look_for_mistakes(facts)
+        self._tables, self._numbered = self._understand(facts)
+        self._look_for_inversion(facts)
         self.catalog = self._catalog(scan.sizes[fine], digest)
+        if not self.catalog.person_share.any():
+            self.notes.append("no mask has a person; look at the files or try other rules")
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -123,59 +132,61 @@ class FolderPeople:
         table = self._tables[index]
         meant = np.asarray(cv2.LUT(mask.levels, table), dtype=np.uint8)
         if self.rules.largest_only or self.rules.min_person_area > 0:
-            people = people_in(mask, self._codings[index], table)
+            people = people_in(mask, table, numbered=bool(self._numbered[index]))
             meant = obey(meant, people, self.rules)
         return meant
 
     def _usable(self, pairs: list[Pair], scan: Scan) -> npt.NDArray[np.intp]:
         """Rows of the pairs that can be used; many that cannot are an error."""
+        found = scan.status.copy()
+        if self._manifest is not None:
+            other = scan.present[:, ~_named_levels(self._manifest, self.root)].any(axis=1)
+            found[other & (found == FINE)] = _OTHER_VALUES
         for status, reason in _PROBLEMS.items():
-            rows = np.flatnonzero(scan.status == status)
+            rows = np.flatnonzero(found == status)
             if not len(rows):
                 continue
             if len(rows) > tolerated(len(pairs)):
                 names = ", ".join(pairs[row].mask.name for row in rows[:5])
-                remedy = "mend or remove them"
-                if status == PHOTO:
-                    remedy = "are images/ and masks/ exchanged?"
+                remedy = _REMEDIES.get(status, "mend or remove them")
                 raise DataError(
                     f"{self.root}: {reason} in {len(rows)} of {len(pairs)} pairs, first "
                     f"{names}; {remedy}"
                 )
             self.skipped[reason] = len(rows)
-        fine = np.flatnonzero(scan.status == FINE)
+        fine = np.flatnonzero(found == FINE)
         if not len(fine):
             raise DataError(f"{self.root} has no usable pair for {self.split}; mend the files")
         return fine
 
-    def _tables_of(self, facts: list[Facts]) -> list[Mask]:
-        """For each mask the meaning of its values."""
+    def _understand(self, facts: list[Facts]) -> tuple[list[Mask], npt.NDArray[np.bool_]]:
+        """For each mask the meaning of its values, and whether they tell people apart."""
+        invert = self.rules.invert_masks
         if self._manifest is not None:
-            table = self._manifest.table()
             self.notes.append("masks as manifest.json says")
-            return [inverted(table) if self.rules.invert_masks else table] * len(facts)
-        codings = [coding_of(fact) for fact in facts]
-        ignore_255 = ignores_255(facts)
-        counts = Counter(
-            "alpha" if fact.kind == Kind.ALPHA else "colours" if fact.kind == Kind.COLOUR
-            else CODING_NAMES[coding]
-            for fact, coding in zip(facts, codings, strict=True)
-            if fact.present[1:].any()
-        )  # fmt: skip
-        found = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
-        ignored = "; 255 is ignored" if ignore_255 else ""
-        self.notes.append(f"masks: {found or 'all empty'}{ignored}")
+            table = self._manifest.table()
+            table = inverted(table) if invert else table
+            return [table] * len(facts), np.zeros(len(facts), dtype=bool)
+        if are_gray_photos(facts):
+            raise DataError(f"{self.root}: the masks are gray photos; {_REMEDIES[PHOTO]}")
+        readings = read_values(facts)
+        counts = Counter(readings)
+        self._note_readings(counts)
         # A hundred thousand files share a handful of tables.
-        tables: dict[bytes, Mask] = {}
-        found_tables = []
-        for fact, coding in zip(facts, codings, strict=True):
-            table = meaning(
-                coding, fact.present, ignore_255=ignore_255, invert=self.rules.invert_masks
-            )
-            found_tables.append(tables.setdefault(table.tobytes(), table))
-        return found_tables
+        tables = {reading: meaning(reading, invert=invert) for reading in counts}
+        numbered = np.array([reading.numbered for reading in readings])
+        return [tables[reading] for reading in readings], numbered
 
-    def _look_for_mistakes(self, facts: list[Facts]) -> None:
+    def _note_readings(self, counts: Counter[Reading]) -> None:
+        used = [(reading, n) for reading, n in counts.most_common() if reading.coding]
+        found = ", ".join(f"{CODING_NAMES[reading.coding]} ({n})" for reading, n in used)
+        self.notes.append(f"masks: {found or 'all empty'}")
+        if are_mixed(counts):
+            self.notes.append("mixed encodings: each mask is read by its own values")
+        if any(r.ignores_255 and r.coding == Coding.BLACK_WHITE for r, _ in used):
+            self.notes.append("255 is ignored, also in masks that hold nothing else but 0")
+
+    def _look_for_inversion(self, facts: list[Facts]) -> None:
         border, middle = (
             float(np.mean([getattr(f, k) for f in facts])) for k in ("border", "middle")
         )
@@ -218,9 +229,9 @@ class FolderPeople:
 
             def look_at(index: int) -> None:
                 mask = load_mask(self._pairs[index].mask)
-                table, coding = self._tables[index], self._codings[index]
-                people = people_in(mask, coding, table)
-                counts[index] = len(np.unique(people[people > 0]))
+                table = self._tables[index]
+                people = people_in(mask, table, numbered=bool(self._numbered[index]))
+                counts[index] = count_people(people)
                 meant = obey(np.asarray(cv2.LUT(mask.levels, table)), people, self.rules)
                 shares[index] = (meant == PERSON).mean()
 
@@ -232,5 +243,19 @@ class FolderPeople:
         return cached_arrays(f"folder-people-v{SCAN_VERSION}-{of}", measure)
 
 
+def _named_levels(manifest: Manifest, root: Path) -> npt.NDArray[np.bool_]:
+    """256 bool, the levels that a prepared folder's masks may hold."""
+    values = manifest.mask_values
+    named = [values.background, values.person, values.ignore]
+    if len(set(named)) < len(named):
+        raise DataError(
+            f"{root / 'manifest.json'} is damaged (mask values are not different); prepare the "
+            "folder anew or remove it"
+        )
+    return np.isin(np.arange(256), named)
+
+
 def _nearest(mask: Mask, size: tuple[int, int]) -> Mask:
-    return np.asarray(cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
+    # Plain INTER_NEAREST moves the mask against the image by half a pixel.
+    scaled = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    return np.asarray(scaled, dtype=np.uint8)

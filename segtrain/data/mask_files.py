@@ -5,6 +5,9 @@ person in one data set and ignore in another. A file alone cannot tell, so facts
 all files of a data set first, and only then a value gets its meaning.
 """
 
+import zlib
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -23,9 +26,13 @@ Mask = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int32]
 
 _PNG_START, _GRAY_OF_8_BITS = b"\x89PNG\r\n\x1a\n", b"\x08\x00"
+# Rises whenever a file or the facts of it are understood otherwise than before.
+FACTS_VERSION = 2
 # Numbers of people are few and small, soft edges run through many grays.
 _MOST_NUMBERS = 32
 _MOST_COLOURS = 64
+# Grays as close as this are edges or noise and no two people.
+_NEAR = 16
 # Gray saved as colour JPEG is not quite gray.
 _GRAY_TOLERANCE = 8
 # Specks do not count as people.
@@ -33,12 +40,13 @@ _SMALLEST_PERSON = 0.001
 
 
 class Kind(IntEnum):
-    """What a mask file holds."""
+    """What a mask file holds; LOSSY is gray from a JPEG, whose levels are not quite exact."""
 
     GRAY = 0
     ALPHA = 1
     COLOUR = 2
     PHOTO = 3
+    LOSSY = 4
 
 
 class MaskFile(NamedTuple):
@@ -63,27 +71,45 @@ def load_mask(path: Path) -> MaskFile:
     if levels is not None:
         return MaskFile(Kind.GRAY, levels)
     with decoding(path), Image.open(path, formats=FORMATS) as picture:
+        lossy = picture.format == "JPEG"
+        if picture.format == "PNG" and not _is_whole_png(path.read_bytes()):
+            raise ValueError("it is cut short or its checksums do not fit")
         picture.load()
-        return _understood(picture)
+        mask = _understood(picture)
+    return mask._replace(kind=Kind.LOSSY) if lossy and mask.kind == Kind.GRAY else mask
 
 
 def _decode_gray_png(path: Path) -> Mask | None:
-    """What most masks are, by OpenCV: twice as fast. None for anything else.
-
-    OpenCV gives nothing at all for a PNG that is cut short or damaged; Pillow then says why.
-    """
+    """What most masks are, by OpenCV: twice as fast. None for anything else, and if damaged."""
     try:
-        content = np.fromfile(path, dtype=np.uint8)
+        content = path.read_bytes()
     except OSError:
         return None
-    header = content[:26].tobytes()
-    if header[:8] != _PNG_START or header[24:] != _GRAY_OF_8_BITS:
+    if not content.startswith(_PNG_START) or content[24:26] != _GRAY_OF_8_BITS:
         return None
-    width, height = (int.from_bytes(header[at : at + 4], "big") for at in (16, 20))
-    if width * height > MAX_PIXELS:
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    if width * height > MAX_PIXELS or not _is_whole_png(content):
         return None
-    levels = cv2.imdecode(content, cv2.IMREAD_GRAYSCALE)
+    levels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_GRAYSCALE)
     return None if levels is None else np.asarray(levels, dtype=np.uint8)
+
+
+def _is_whole_png(content: bytes) -> bool:
+    """Whether all chunks are there and as they were written.
+
+    Pillow does not look at the checksums of the pixels: it would give a mask that is wrong in any
+    number of places without a word.
+    """
+    at, kind = len(_PNG_START), b""
+    while kind != b"IEND":
+        end = at + 8 + int.from_bytes(content[at : at + 4], "big")
+        kind = content[at + 4 : at + 8]
+        if end + 4 > len(content):
+            return False
+        if zlib.crc32(content[at + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
+            return False
+        at = end + 4
+    return True
 
 
 def _understood(picture: Image.Image) -> MaskFile:
@@ -110,13 +136,19 @@ def _palette_levels(picture: Image.Image) -> Mask:
         return indices
     grays = np.zeros(256, dtype=np.uint8)
     grays[: len(palette)] = palette[:, 0]
+    if len(np.unique(grays[used])) < len(used):
+        return indices  # a palette that nobody filled in
     return np.asarray(grays[indices])
 
 
 def _deep_levels(values: npt.NDArray[np.float64]) -> Mask:
-    """Of more than 8 bits: numbers stay, full range is scaled down."""
+    """Of more than 8 bits: numbers stay, or become smaller ones; full range is scaled down."""
     values = np.nan_to_num(values, posinf=0.0, neginf=0.0).clip(0)
     largest = values.max(initial=0)
+    if largest > 255 and largest != 65535:
+        different = np.union1d(values, 0)
+        if 2 < len(different) <= _MOST_NUMBERS:
+            return np.searchsorted(different, values).astype(np.uint8)
     if largest > 255:
         values = values / 257 if largest <= 65535 else values * (255 / largest)
     elif largest <= 1 and (values % 1).any():
@@ -127,7 +159,7 @@ def _deep_levels(values: npt.NDArray[np.float64]) -> Mask:
 def _of_colours(rgb: Mask) -> MaskFile:
     spread = rgb.max(axis=2).astype(np.int16) - rgb.min(axis=2)
     if spread.max(initial=0) <= _GRAY_TOLERANCE:
-        return MaskFile(Kind.GRAY, np.ascontiguousarray(rgb[..., 0]))
+        return MaskFile(Kind.GRAY, rgb.max(axis=2))
     colours = rgb.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
     some = colours.ravel()[:: max(1, colours.size // 10_000)]
     kind = Kind.PHOTO if len(np.unique(some)) > _MOST_COLOURS else Kind.COLOUR
@@ -139,7 +171,7 @@ class Facts:
     """What is known of one mask before its values have a meaning.
 
     present: 256 bool, the levels that occur.
-    extremes: share of pixels that are 0 or 255.
+    extremes: share of pixels that are black or white, or nearly so.
     border, middle: share of bright pixels around the frame and in its middle half.
     """
 
@@ -161,72 +193,140 @@ def facts_of(mask: MaskFile) -> Facts:
     return Facts(
         kind=mask.kind,
         present=counts > 0,
-        extremes=float(counts[[0, 255]].sum() / levels.size),
+        extremes=float((counts[:_NEAR].sum() + counts[-_NEAR:].sum()) / levels.size),
         border=float(np.concatenate(edges).mean()),
         middle=float(inner.mean()) if inner.size else float(bright.mean()),
     )
 
 
 class Coding(IntEnum):
-    """What the values of one mask file mean."""
+    """What the values of one mask file mean, as far as the file itself tells."""
 
-    ZERO_ONE = 0
-    TWO_LEVELS = 1
-    NUMBERS = 2
-    SOFT = 3
+    EMPTY = 0
+    ZERO_ONE = 1
+    BLACK_WHITE = 2
+    ONE_LEVEL = 3
+    NUMBERS = 4
+    NUMBERS_AND_VOID = 5
+    SOFT = 6
+    ALPHA = 7
+    COLOURS = 8
 
 
 CODING_NAMES = {
+    Coding.EMPTY: "empty",
     Coding.ZERO_ONE: "0/1",
-    Coding.TWO_LEVELS: "0/255",
-    Coding.NUMBERS: "numbers of people",
+    Coding.BLACK_WHITE: "0/255",
+    Coding.ONE_LEVEL: "one level",
+    Coding.NUMBERS: "numbers",
+    Coding.NUMBERS_AND_VOID: "numbers with 255 ignored",
     Coding.SOFT: "soft, person from 128",
+    Coding.ALPHA: "alpha, person from 128",
+    Coding.COLOURS: "colours",
 }
+_BY_NUMBER = (Coding.ZERO_ONE, Coding.ONE_LEVEL, Coding.NUMBERS, Coding.NUMBERS_AND_VOID)
 
 
 def coding_of(facts: Facts) -> Coding:
-    """The meaning of a file's values as far as the file itself tells; 255 may still be ignore."""
-    values = set(np.flatnonzero(facts.present).tolist()) - {0}
+    """The meaning of a file's values; what 255 alone means, `read_values` decides."""
+    values = np.flatnonzero(facts.present[1:]) + 1
     if facts.kind == Kind.ALPHA:
-        return Coding.SOFT
-    if values <= {1}:
+        return Coding.ALPHA
+    if not len(values):
+        return Coding.EMPTY
+    if facts.kind in {Kind.COLOUR, Kind.PHOTO}:
+        return Coding.COLOURS
+    if len(values) == 1 and values[0] == 1:
         return Coding.ZERO_ONE
-    if len(values) == 1:
-        return Coding.TWO_LEVELS
-    if len(values) > _MOST_NUMBERS or (255 in values and _has_soft_edges(facts, values)):
+    if facts.kind == Kind.LOSSY:
         return Coding.SOFT
-    return Coding.NUMBERS
+    if len(values) == 1:
+        return Coding.BLACK_WHITE if values[0] == 255 else Coding.ONE_LEVEL
+    if values[-1] == 255 and values[-2] <= _MOST_NUMBERS:
+        return Coding.NUMBERS_AND_VOID
+    return Coding.NUMBERS if _are_numbers(values, facts.extremes) else Coding.SOFT
 
 
-def _has_soft_edges(facts: Facts, values: set[int]) -> bool:
-    """Nearly all is black or white, and the grays between are more than 1, 2, 3 ..."""
-    return facts.extremes > 0.9 and max(values - {255}) > _MOST_NUMBERS
+def _are_numbers(values: npt.NDArray[np.intp], extremes: float) -> bool:
+    """Whether two or more levels, in order, are people rather than shades of one."""
+    if values[-1] < 128 and (len(values) <= _MOST_NUMBERS or values[-1] == len(values)):
+        return True  # as shades they would all be background
+    if len(values) > _MOST_NUMBERS:
+        return False
+    thin_edges = values[-1] == 255 and extremes > 0.9
+    return bool(np.diff(values, prepend=0).min() >= _NEAR) and not thin_edges
 
 
-def ignores_255(all_facts: list[Facts]) -> bool:
-    """Whether some file has 255 beside the numbers of people: then it means ignore in all."""
-    return any(
-        coding_of(facts) == Coding.NUMBERS and facts.present[255] and facts.kind == Kind.GRAY
-        for facts in all_facts
-    )
+class Reading(NamedTuple):
+    """How one mask file is to be read.
 
-
-def meaning(
-    coding: Coding, present: npt.NDArray[np.bool_], *, ignore_255: bool, invert: bool
-) -> Mask:
-    """Table of 256 from a level to BACKGROUND, PERSON or IGNORE.
-
-    Args:
-        present: the levels that occur in the file.
+    ignores_255: 255 is void and no person.
+    numbered: its levels or colours tell people apart; else what hangs together is one.
     """
+
+    coding: Coding
+    ignores_255: bool
+    numbered: bool
+
+
+def read_values(all_facts: list[Facts]) -> list[Reading]:
+    """The meaning of the values of each file, found out from all files of a data set."""
+    codings = [coding_of(facts) for facts in all_facts]
+    counts = Counter(codings)
+    white_is_void = _white_is_void(counts)
+    # Several numbers in a file tell people apart, and then the files with a single one do, too.
+    several = counts[Coding.NUMBERS] + sum(
+        coding == Coding.NUMBERS_AND_VOID and facts.present[1:255].sum() > 1
+        for coding, facts in zip(codings, all_facts, strict=True)
+    )
+    by_number = several > 0 and 100 * several >= sum(counts[coding] for coding in _BY_NUMBER)
+    of_coding = {
+        coding: Reading(
+            coding,
+            ignores_255=coding == Coding.NUMBERS_AND_VOID
+            or (coding == Coding.BLACK_WHITE and white_is_void),
+            numbered=coding == Coding.COLOURS or (coding in _BY_NUMBER and by_number),
+        )
+        for coding in Coding
+    }
+    return [of_coding[coding] for coding in codings]
+
+
+def are_mixed(readings: Iterable[Reading]) -> bool:
+    """Whether a person is a small number in some files and white in others."""
+    codings = {
+        reading.coding
+        for reading in readings
+        if not (reading.coding == Coding.BLACK_WHITE and reading.ignores_255)
+    }
+    small = codings & {Coding.ZERO_ONE, Coding.NUMBERS, Coding.NUMBERS_AND_VOID}
+    return bool(small) and bool(codings & {Coding.BLACK_WHITE, Coding.SOFT})
+
+
+def _white_is_void(counts: Counter[Coding]) -> bool:
+    """Whether 255 is void in files that hold nothing else, too.
+
+    So it is in VOC, where most files with numbers have void; but a few stray files with void must
+    not turn the people of all the others into it.
+    """
+    void, white = counts[Coding.NUMBERS_AND_VOID], counts[Coding.BLACK_WHITE]
+    plain = counts[Coding.ZERO_ONE] + counts[Coding.ONE_LEVEL] + counts[Coding.NUMBERS]
+    return white <= void or (plain <= void and white <= 10 * void)
+
+
+def are_gray_photos(all_facts: list[Facts]) -> bool:
+    """Whether most masks are neither black nor white: photos without colour, and no masks."""
+    gray = [coding_of(facts) == Coding.SOFT and facts.extremes < 0.25 for facts in all_facts]
+    return 2 * sum(gray) > len(gray)
+
+
+def meaning(reading: Reading, *, invert: bool) -> Mask:
+    """Table of 256 from a level to BACKGROUND, PERSON or IGNORE."""
     table = np.zeros(256, dtype=np.uint8)
-    if coding == Coding.SOFT:
-        table[128:] = PERSON
-    else:
-        table[1:] = PERSON
-        void_only = coding == Coding.TWO_LEVELS and present[255]
-        if ignore_255 and (coding == Coding.NUMBERS or void_only):
-            table[255] = IGNORE
+    first = 128 if reading.coding in {Coding.SOFT, Coding.ALPHA} else 1
+    table[first:] = PERSON
+    if reading.ignores_255:
+        table[255] = IGNORE
     return inverted(table) if invert else table
 
 
@@ -237,28 +337,29 @@ def inverted(table: Mask) -> Mask:
     return exchanged
 
 
-def people_in(mask: MaskFile, coding: Coding, table: Mask) -> Labels:
-    """H W int32: a number for each person, 0 where there is none.
+def people_in(mask: MaskFile, table: Mask, *, numbered: bool) -> Labels:
+    """H W int32: a number for each person, 0 where there is none; some may be left out.
 
     Numbers and colours tell people apart; elsewhere what hangs together is one, and specks are
     left out unless there is nothing else.
     """
-    meant = cv2.LUT(mask.levels, table)
-    if mask.colours is not None or coding == Coding.NUMBERS:
-        numbers = mask.levels if mask.colours is None else mask.colours
-        _, labels = np.unique(np.where(meant == PERSON, numbers, 0), return_inverse=True)
-        # Where no pixel is 0 everybody is one place too low.
-        return (labels.reshape(meant.shape) + (0 if (meant != PERSON).any() else 1)).astype(
-            np.int32
-        )
-    count, labels, stats, _ = cv2.connectedComponentsWithStats((meant == PERSON).astype(np.uint8))
-    large = stats[:, cv2.CC_STAT_AREA] >= _SMALLEST_PERSON * meant.size
-    large[0] = False
-    if not large.any():
+    is_person = np.asarray(cv2.LUT(mask.levels, table)) == PERSON
+    if numbered and mask.colours is not None:
+        _, numbers = np.unique(mask.colours, return_inverse=True)
+        return np.where(is_person, numbers.reshape(is_person.shape) + 1, 0).astype(np.int32)
+    if numbered:
+        return np.where(is_person, mask.levels.astype(np.int32) + 1, 0)
+    _, labels = cv2.connectedComponents(is_person.view(np.uint8))
+    # OpenCV's own statistics take three times as long.
+    large = np.bincount(labels.ravel()) >= _SMALLEST_PERSON * is_person.size
+    if not large[1:].any():
         return np.asarray(labels > 0, dtype=np.int32)
-    new_numbers = np.where(large, np.cumsum(large), 0)
-    del count
-    return new_numbers[labels].astype(np.int32)
+    return np.where(large, np.arange(len(large)), 0).astype(np.int32).take(labels)
+
+
+def count_people(people: Labels) -> int:
+    """How many different people there are in what `people_in` has found."""
+    return int(np.count_nonzero(np.bincount(people.ravel())[1:]))
 
 
 def obey(meant: Mask, people: Labels, rules: LabelRules) -> Mask:
@@ -269,5 +370,5 @@ def obey(meant: Mask, people: Labels, rules: LabelRules) -> Mask:
     if rules.largest_only:
         wanted &= np.arange(len(areas)) == areas.argmax()
     is_person = meant == PERSON
-    meant[is_person & ~wanted[people]] = IGNORE
+    meant[is_person & ~wanted.take(people)] = IGNORE
     return meant
