@@ -307,6 +307,27 @@ def test_what_white_alone_means_depends_on_all_files(
     assert any("mixed encodings" in note for note in source.notes) == (meaning == 1)
 
 
+def test_both_splits_are_read_alike(tmp_path: Path) -> None:
+    """The few masks for validation hold void alone; only those for training tell that it is."""
+    with_void(numbers=0, both=10, white=2, path=tmp_path)
+    (tmp_path / "train.txt").write_text("\n".join(f"p{index}" for index in range(10)))
+    found = masks_of(FolderPeople(tmp_path, "val"))
+    assert found.keys() == {"p10", "p11"}
+    assert all((mask[0] == 255).all() for mask in found.values())
+
+
+def test_counts_are_kept_for_one_reading_only(tmp_path: Path) -> None:
+    """A changed file of the other split may change what the files of this one mean."""
+    with_void(numbers=0, both=10, white=2, path=tmp_path)
+    (tmp_path / "train.txt").write_text("\n".join(f"p{index}" for index in range(10)))
+    assert not FolderPeople(tmp_path, "val").catalog.person_share.any()
+    for index in range(10):
+        Image.fromarray(person(index) * 255).save(tmp_path / "masks" / f"p{index}.png")
+    source = FolderPeople(tmp_path, "val")
+    assert (source.sample(0).mask[0] == 1).all()
+    assert source.catalog.person_share == pytest.approx(1 / HEIGHT)
+
+
 def test_zero_one_and_zero_255_may_be_mixed(tmp_path: Path) -> None:
     source = everything(
         make_folder(tmp_path, lambda i: Image.fromarray(person(i) * (255 if i % 2 else 1)))

@@ -77,15 +77,14 @@ class FolderPeople:
         self.notes: list[str] = []
         self._manifest = read_manifest(root)
         pairs = find_pairs(root, split, self.skipped)
-        digest = f"{FACTS_VERSION}-{digest_of(pairs)}"
-        scan = scan_pairs(pairs, digest)
+        scan = _scanned(pairs)
         fine = self._usable(pairs, scan)
         self._pairs: list[Pair] = [pairs[row] for row in fine]
         self._upright, self._plain = scan.upright[fine], scan.plain[fine]
         facts = [scan.facts(row) for row in fine]
         self._tables, self._numbered = self._understand(facts)
         self._look_for_inversion(facts)
-        self.catalog = self._catalog(scan.sizes[fine], digest)
+        self.catalog = self._catalog(scan.sizes[fine])
         if not self.catalog.person_share.any():
             self.notes.append("no mask has a person; look at the files or try other rules")
 
@@ -169,13 +168,23 @@ class FolderPeople:
             return [table] * len(facts), np.zeros(len(facts), dtype=bool)
         if are_gray_photos(facts):
             raise DataError(f"{self.root}: the masks are gray photos; {_REMEDIES[PHOTO]}")
-        readings = read_values(facts)
+        # What values mean holds for the whole data set, not for one split of it.
+        readings = read_values([*facts, *self._other_facts()])[: len(facts)]
         counts = Counter(readings)
         self._note_readings(counts)
         # A hundred thousand files share a handful of tables.
         tables = {reading: meaning(reading, invert=invert) for reading in counts}
         numbered = np.array([reading.numbered for reading in readings])
         return [tables[reading] for reading in readings], numbered
+
+    def _other_facts(self) -> list[Facts]:
+        """Facts of the masks of the other split; none if there is no such split."""
+        try:
+            pairs = find_pairs(self.root, "val" if self.split == "train" else "train", Counter())
+        except DataError:
+            return []
+        scan = _scanned(pairs)
+        return [scan.facts(row) for row in np.flatnonzero(scan.status == FINE).tolist()]
 
     def _note_readings(self, counts: Counter[Reading]) -> None:
         used = [(reading, n) for reading, n in counts.most_common() if reading.coding]
@@ -199,8 +208,8 @@ class FolderPeople:
                 f"try --set data.invert_masks={wanted}"
             )
 
-    def _catalog(self, sizes: npt.NDArray[np.int32], digest: str) -> Catalog:
-        measured = self._measured(digest)
+    def _catalog(self, sizes: npt.NDArray[np.int32]) -> Catalog:
+        measured = self._measured()
         pictures = self._manifest.pictures if self._manifest else {}
         known = [pictures.get(f"{self.split}/{pair.stem}") for pair in self._pairs]
         num_people = measured["num_people"].astype(np.int32)
@@ -220,7 +229,7 @@ class FolderPeople:
             identities=identities,
         )
 
-    def _measured(self, digest: str) -> Arrays:
+    def _measured(self) -> Arrays:
         """Share of person and number of people of every mask under the rules."""
 
         def measure() -> Arrays:
@@ -238,9 +247,16 @@ class FolderPeople:
             deque(in_threads(look_at, range(len(self)), desc="measuring people"), maxlen=0)
             return {"person_share": shares, "num_people": counts}
 
-        table = self._manifest.table().tobytes() if self._manifest else b""
-        of = hashlib.sha256(f"{digest} {self.rules} {table!r}".encode()).hexdigest()
-        return cached_arrays(f"folder-people-v{SCAN_VERSION}-{of}", measure)
+        sha = hashlib.sha256(f"{digest_of(self._pairs)} {self.rules}".encode())
+        sha.update(self._numbered.tobytes())
+        for table in self._tables:
+            sha.update(table.tobytes())
+        name = f"folder-people-v{SCAN_VERSION}-{FACTS_VERSION}-{sha.hexdigest()}"
+        return cached_arrays(name, measure)
+
+
+def _scanned(pairs: list[Pair]) -> Scan:
+    return scan_pairs(pairs, f"{FACTS_VERSION}-{digest_of(pairs)}")
 
 
 def _named_levels(manifest: Manifest, root: Path) -> npt.NDArray[np.bool_]:

@@ -205,7 +205,7 @@ class Manifest(BaseModel):
     """manifest.json of a prepared folder."""
 
     mask_values: MaskValues
-    pictures: dict[str, KnownPicture]
+    pictures: dict[str, KnownPicture] = {}
 
     def table(self) -> npt.NDArray[np.uint8]:
         """From a gray level to BACKGROUND, PERSON or IGNORE: 256 uint8."""

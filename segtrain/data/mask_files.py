@@ -354,7 +354,8 @@ def people_in(mask: MaskFile, table: Mask, *, numbered: bool) -> Labels:
     large = np.bincount(labels.ravel()) >= _SMALLEST_PERSON * is_person.size
     if not large[1:].any():
         return np.asarray(labels > 0, dtype=np.int32)
-    return np.where(large, np.arange(len(large)), 0).astype(np.int32).take(labels)
+    numbers = np.where(large, np.arange(len(large), dtype=np.int32), 0)
+    return np.asarray(numbers.take(labels), dtype=np.int32)
 
 
 def count_people(people: Labels) -> int:
