@@ -1,6 +1,6 @@
 """`segtrain prepare`: a data set filtered and scaled once, as an ordinary folder of masks.
 
-Training from it decodes a quarter of the pixels of a COCO photo, and needs neither its annotations
+Training from it decodes less than half the pixels of a COCO photo, and needs neither its annotations
 nor its disk space.
 """
 
