@@ -1,7 +1,7 @@
 """`segtrain prepare`: a data set filtered and scaled once, as an ordinary folder of masks.
 
-Training from it decodes less than half the pixels of a COCO photo, and needs neither annotations nor
-the disk space of the original.
+Training from it decodes less than half the pixels of a COCO photo, and needs neither its
+annotations nor its disk space.
 """
 
 import json
