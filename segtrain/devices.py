@@ -88,15 +88,17 @@ def prefetched(
             }
             event = stream.record_event()
         if ready is not None:
-            yield _handed_over(*ready)
+            yield _handed_over(*ready, device)
         ready = copied, event
     if ready is not None:
-        yield _handed_over(*ready)
+        yield _handed_over(*ready, device)
 
 
-def _handed_over(batch: Mapping[str, Any], copied: torch.cuda.Event) -> Mapping[str, Any]:
+def _handed_over(
+    batch: Mapping[str, Any], copied: torch.cuda.Event, device: torch.device
+) -> Mapping[str, Any]:
     """Let the current stream wait for the copy, and the allocator for the current stream."""
-    current = torch.cuda.current_stream()
+    current = torch.cuda.current_stream(device)
     current.wait_event(copied)
     for value in batch.values():
         if isinstance(value, Tensor):

@@ -255,11 +255,9 @@ def _collect(content: Mapping[str, Any], path: Path, builder: _Builder) -> None:
         raise DataError(f"{path} has no category named 'person'")
     builder.images = _index_images(content["images"], path)
     dangling: list[str] = []
-    num_people = 0
     people = [row for row in content["annotations"] if _category(row) in person_ids]
     with progress_bar(total=len(people), desc="reading people", unit="person") as bar:
         for row in people:
-            num_people += 1
             image = builder.images.get(_image_id(row))
             if image is None:
                 dangling.append(str(row.get("id")))
@@ -276,10 +274,10 @@ def _collect(content: Mapping[str, Any], path: Path, builder: _Builder) -> None:
             f"{_first(dangling)}; mend the file"
         )
     num_bad = builder.skipped.total()
-    if num_bad > tolerated(num_people):
+    if num_bad > tolerated(len(people)):
         reason, _ = builder.skipped.most_common(1)[0]
         raise DataError(
-            f"{path}: {num_bad} of {num_people} person annotations are broken, mostly {reason}; "
+            f"{path}: {num_bad} of {len(people)} person annotations are broken, mostly {reason}; "
             "download the file again"
         )
 
