@@ -110,14 +110,18 @@ def rates_in_turn(
     return rates
 
 
-def loading(root: Path, repeats: int) -> None:
+def loading(root: Path, repeats: int, short_side: int) -> None:
     """Images a second, from the files to a batch."""
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared"
         prepare(
-            DataConfig(root=str(root)), prepared, short_side=320, workers=len(cores), tell=print
+            DataConfig(root=str(root)),
+            prepared,
+            short_side=short_side,
+            workers=len(cores),
+            tell=print,
         )
         usual = UsualDataset(root, "train")
         # As many images as one pass has, so that every picture is read once.
@@ -284,12 +288,16 @@ def main() -> None:
     parser.add_argument("what", choices=["index", "loading", "prepare"])
     parser.add_argument("--data", type=Path, help="root in COCO layout; default: drawn people")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--short-side", type=int, default=320, help="of the prepared folder")
     arguments = parser.parse_args()
     if arguments.what == "index":
         index(arguments.repeats)
         return
     root = (arguments.data or demo_people_root()).resolve()
-    (loading if arguments.what == "loading" else preparing)(root, arguments.repeats)
+    if arguments.what == "loading":
+        loading(root, arguments.repeats, arguments.short_side)
+    else:
+        preparing(root, arguments.repeats)
 
 
 if __name__ == "__main__":
