@@ -4,9 +4,10 @@ Knows no torch. The resolved configuration is printed, saved as `config.yaml` in
 carried by the checkpoint, so a run can always be read back.
 """
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from segtrain.errors import UsageError
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 BnEval = Literal["running", "batch", "recalibrate"]
 Tree = dict[str, Any]
 
@@ -49,6 +50,9 @@ class DataConfig:
     """Side of the square training crops and short side of whole images in validation, pixels."""
     augment: Literal["paper", "standard", "strong"] = "paper"
     """What is done to training pictures; see `segtrain.data.transforms`."""
+    whole: bool = False
+    """Train on whole pictures, their short side scaled to `image_size`, instead of on crops. They
+    differ in size, so train.batch_size must be 1; accumulation_steps makes larger steps."""
     scale: tuple[float, float] | None = None
     """Before the crop the short side becomes `image_size` times a factor from this range; None
     leaves it to `augment`."""
@@ -87,6 +91,27 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised; see `segtrain.training.losses`."""
+
+    __pydantic_config__ = _STRICT
+
+    name: Literal["ce", "ce_dice", "focal", "lovasz", "border_ce"] = "ce"
+    """Cross-entropy, alone or plus soft Dice; focal loss; Lovasz hinge; or the U-Net paper's
+    cross-entropy that weighs the pixels between two people more."""
+    class_weights: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
+    """Weights of background and person in the cross-entropy; None counts every pixel the same."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that goes evenly to all classes."""
+    focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+    """How much less a pixel counts that is right already."""
+    border_weight: Annotated[float, Field(ge=0)] = 10.0
+    """Extra weight where two people touch: w0 of the U-Net paper."""
+    border_sigma: Annotated[float, Field(gt=0)] = 5.0
+    """How far that reaches, pixels: sigma of the U-Net paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """RMSProp as in the Tiramisu paper (arXiv 1611.09326, section 4.1), every constant stated.
 
@@ -95,20 +120,44 @@ class OptimConfig:
 
     __pydantic_config__ = _STRICT
 
+    name: Literal["rmsprop", "sgd", "adam", "adamw"] = "rmsprop"
+    """Which optimizer."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Learning rate of the first epoch after warm-up."""
+    """Learning rate after warm-up."""
+    schedule: Literal["exponential", "inverse_time", "cosine", "poly", "plateau", "constant"] = (
+        "exponential"
+    )
+    """How the learning rate falls; each begins with the warm-up."""
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.995
-    """The paper's small decay: the factor on the learning rate from one epoch to the next."""
+    """exponential, the paper's small decay: the factor from one epoch to the next."""
+    decay_per_step: Annotated[float, Field(ge=0)] = 1e-4
+    """inverse_time, Keras's `decay`: the rate is lr / (1 + decay_per_step * steps)."""
+    final_lr: Annotated[float, Field(ge=0)] = 0.0
+    """cosine and poly: the rate that the last step comes down to."""
+    poly_power: Annotated[float, Field(gt=0)] = 0.9
+    """poly: exponent of the share of steps that are left."""
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """plateau: factor on the rate when validation stands still."""
+    plateau_patience: Annotated[int, Field(ge=1)] = 5
+    """plateau: epochs without a better validation IoU before that."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
-    """Optimizer steps over which the learning rate grows linearly from near 0 to `lr`."""
+    """Optimizer steps over which the learning rate grows linearly from near 0."""
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Smoothing constant of the squared gradient (rho in Keras and Lasagne)."""
+    """rmsprop: smoothing constant of the squared gradient (rho in Keras and Lasagne)."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """adam, adamw: smoothing constants of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-7
-    """Added to the root of the smoothed squared gradient."""
+    """rmsprop, adam, adamw: added to the root of the smoothed squared gradient."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Momentum on the scaled gradient."""
+    """sgd: on the gradient; rmsprop: on the scaled gradient."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """L2 penalty, added to the gradient."""
+    """L2 penalty, added to the gradient of convolution weights; adamw: share by which `lr` shrinks
+    them."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """The gradient is scaled down to this L2 norm where it is longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +167,33 @@ class TrainConfig:
     __pydantic_config__ = _STRICT
 
     epochs: Annotated[int, Field(ge=1)] = 30
-    """Passes over the training images."""
-    batch_size: Annotated[int, Field(ge=1)] = 4
-    """Images an optimizer step (the Tiramisu paper takes 3 to 5); the last may be smaller."""
+    """Passes over the training images; `stages` come after them."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
+    """Images that go through the network at once (the Tiramisu paper takes 3 to 5), on each device;
+    auto: as many as the memory holds of `effective_batch`."""
+    accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """So many batches make one optimizer step; the last step of an epoch may have fewer images."""
+    effective_batch: Annotated[int, Field(ge=1)] = 16
+    """Where batch_size is auto: images an optimizer step, on each device."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop, or go on to the next stage, after so many epochs without a better validation IoU."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Validate and keep a moving average of the weights, e.g. 0.999."""
     precision: Precision = "auto"
     """auto: bf16 where the device computes it natively, else fp32."""
+    compile: Literal["off", "blocks", "full"] = "off"
+    """torch.compile of each block of the network, or of the whole."""
     bn_eval: BnEval = "running"
     """Batch norm outside training: running statistics, those of each picture itself (the Tiramisu
     paper's way), or running ones measured anew on training images before every validation."""
+    sync_bn: bool = False
+    """On several GPUs: batch norm over the pictures of all of them."""
     freeze_encoder_epochs: Annotated[int, Field(ge=0)] = 0
     """For so many epochs an encoder's weights and statistics stay as they are."""
+    save_every: Annotated[str, Field(pattern=r"^[0-9]+[smh]$")] | None = None
+    """Save within an epoch, too, e.g. 10m or 1h; None saves after each epoch."""
+    tensorboard: bool = False
+    """Write TensorBoard's files into the run folder, too."""
     device: str = "auto"
     """auto: CUDA where there is one, else the CPU. A device named and absent is an error."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -136,6 +202,32 @@ class TrainConfig:
     """Folder of all runs."""
     name: str | None = None
     """Folder of this run inside `output`; None makes one from the model and the time."""
+
+    @property
+    def images_a_step(self) -> int:
+        """Images of one optimizer step on each device."""
+        if self.batch_size == "auto":
+            return self.effective_batch
+        return self.batch_size * self.accumulation_steps
+
+    @property
+    def images_at_once(self) -> int:
+        """Images that go through the network together, at most."""
+        return self.effective_batch if self.batch_size == "auto" else self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Training that goes on with the best weights so far and a fresh optimizer, e.g. on whole
+    pictures at a lower rate. What it does not name stays as in the sections."""
+
+    __pydantic_config__ = _STRICT
+
+    epochs: Annotated[int, Field(ge=1)]
+    data: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +238,18 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    stages: tuple[Stage, ...] = ()
+    """What comes after `train.epochs` epochs, one after the other."""
+
+    def __post_init__(self) -> None:
+        if self.data.whole and self.train.batch_size != 1:
+            raise ValueError(
+                "data.whole needs train.batch_size 1, for pictures differ in size; "
+                "train.accumulation_steps makes larger steps"
+            )
 
 
 _CONFIG = TypeAdapter(Config)
@@ -161,6 +263,10 @@ SAFE_TO_CHANGE = frozenset(
         "optim.lr",
         "optim.lr_decay",
         "train.epochs",
+        "train.patience",
+        "train.save_every",
+        "train.tensorboard",
+        "train.compile",
         "train.device",
         # A scaler that was not saved starts afresh.
         "train.precision",
@@ -171,6 +277,24 @@ SAFE_TO_CHANGE = frozenset(
         "train.name",
     }
 )
+
+
+# What a stage may say otherwise; None: everything of that section.
+_CHANGED_BY_STAGES: dict[str, frozenset[str] | None] = {
+    "data": frozenset({"image_size", "augment", "scale", "whole"}),
+    "loss": None,
+    "optim": None,
+    "train": frozenset(
+        {
+            "batch_size",
+            "accumulation_steps",
+            "effective_batch",
+            "patience",
+            "freeze_encoder_epochs",
+            "ema_decay",
+        }
+    ),
+}
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> Config:
@@ -185,9 +309,32 @@ def config_from_tree(tree: Mapping[str, Any]) -> Config:
         name = {"name": model.pop("name")} if "name" in model else {}
         tree["model"] = {**name, "kwargs": model}
     try:
-        return _CONFIG.validate_python(tree)
+        config = _CONFIG.validate_python(tree)
     except ValidationError as error:
         raise UsageError(_first_problem(error)) from None
+    stage_configs(config)
+    return config
+
+
+def stage_configs(config: Config) -> list[Config]:
+    """What each stage of the training goes by: the configuration itself, then each of its stages.
+
+    Raises:
+        UsageError: a stage changes what cannot change within a run, or to a value out of range.
+    """
+    base = tree_from_config(config)
+    base.pop("stages")
+    configs = [replace(config, stages=())]
+    for number, stage in enumerate(config.stages, 2):
+        tree = {name: dict(section) for name, section in base.items()}
+        for section, keys in _CHANGED_BY_STAGES.items():
+            deltas = getattr(stage, section)
+            if fixed := [key for key in deltas if keys is not None and key not in keys]:
+                raise UsageError(f"stage {number} cannot set {section}.{fixed[0]}; drop it there")
+            tree[section].update(deltas)
+        tree["train"]["epochs"] = stage.epochs
+        configs.append(config_from_tree(tree))
+    return configs
 
 
 def tree_from_config(config: Config) -> Tree:
@@ -195,11 +342,8 @@ def tree_from_config(config: Config) -> Tree:
     tree = asdict(config)
     model = tree["model"]
     tree["model"] = {"name": model["name"], **model["kwargs"]}
-    tree["data"] = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in tree["data"].items()
-    }
-    return tree
+    plain: Tree = _without_tuples(tree)
+    return plain
 
 
 def load_config(
@@ -221,7 +365,7 @@ def load_config(
         UsageError: the file is unreadable, a key unknown, a value out of range, or the same key is
             set twice.
     """
-    tree: Tree = {section: dict(values) for section, values in (base or {}).items()}
+    tree: Tree = {section: copy.copy(values) for section, values in (base or {}).items()}
     if yaml_path is not None:
         _merge(tree, _flatten(_read_yaml(yaml_path)))
     overrides = {key: value for key, value in (flags or {}).items() if value is not None}
@@ -264,10 +408,22 @@ def _read_yaml(path: Path) -> Tree:
     return {section: _section(section, values) for section, values in tree.items()}
 
 
-def _section(name: str, values: Any) -> Tree:
+def _without_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_tuples(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tuples(item) for item in value]
+    return value
+
+
+def _section(name: str, values: Any) -> Any:
     known = [f.name for f in fields(Config)]
     if name not in known:
         raise UsageError(f"unknown configuration section {name!r}{_nearest(str(name), known)}")
+    if name == "stages":
+        if not isinstance(values, list | tuple):
+            raise UsageError("stages must be a list of `- epochs: 10` with sections below each")
+        return values
     if values is None:
         return {}
     if not isinstance(values, Mapping):
@@ -275,8 +431,15 @@ def _section(name: str, values: Any) -> Tree:
     return {str(key): value for key, value in values.items()}
 
 
-def _flatten(tree: Mapping[str, Mapping[str, Any]]) -> Tree:
-    return {f"{name}.{key}": value for name, part in tree.items() for key, value in part.items()}
+def _flatten(tree: Mapping[str, Any]) -> Tree:
+    """Dotted keys; the list of stages is one value."""
+    flat: Tree = {}
+    for name, part in tree.items():
+        if name == "stages":
+            flat[name] = part
+        else:
+            flat.update({f"{name}.{key}": value for key, value in part.items()})
+    return flat
 
 
 def _merge(tree: Tree, overrides: Mapping[str, Any]) -> None:
@@ -286,7 +449,10 @@ def _merge(tree: Tree, overrides: Mapping[str, Any]) -> None:
         tree["model"] = {}
     for dotted, value in overrides.items():
         section, _, key = dotted.partition(".")
-        tree.setdefault(section, {})[key] = value
+        if key:
+            tree.setdefault(section, {})[key] = value
+        else:
+            tree[section] = value
 
 
 def _parse_set(assignment: str) -> tuple[str, Any]:

@@ -12,9 +12,9 @@ from segtrain.config import Precision
 from segtrain.errors import UsageError
 
 Autocast = Callable[[], AbstractContextManager[object]]
-ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
+ResolvedPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,7 +41,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> ResolvedPrecision:
-    """auto: bf16 where the device computes it natively, else fp32."""
+    """auto: bf16 where the device computes it natively, else fp32.
+
+    Raises:
+        UsageError: tf32 is asked for on a device that has none.
+    """
+    if precision == "tf32" and (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        raise UsageError(f"--precision tf32 needs an NVIDIA GPU of 2020 or newer, not {device}")
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -54,10 +62,19 @@ def resolve_precision(precision: Precision, device: torch.device) -> ResolvedPre
 
 
 def autocast_for(precision: ResolvedPrecision, device: torch.device) -> Autocast:
-    """Makes the context of a forward pass; does nothing in fp32."""
-    return partial(
-        torch.autocast, device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"
-    )
+    """Makes the context of a forward pass; does nothing in fp32 and tf32."""
+    dtype = _AUTOCAST_DTYPES.get(precision)
+    return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def set_float32_arithmetic(precision: ResolvedPrecision) -> None:
+    """Let CUDA multiply float32 with TF32's ten bits of mantissa in tf32 only.
+
+    torch's own default rounds convolutions so, whatever the precision is called.
+    """
+    chosen = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = chosen  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = chosen
 
 
 def move_model(model: nn.Module, device: torch.device) -> None:

@@ -40,3 +40,9 @@ class DivergedError(UserError):
     """The loss is no longer a finite number."""
 
     exit_code = 6
+
+
+class BusyError(UserError):
+    """Another process is using the run folder."""
+
+    exit_code = 7

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "segtrain"
 STOREYS = [
     {"__init__", "errors", "classes", "stopping", "cores"},
     {"config", "files", "progress"},
-    {"images", "devices", "runs"},
+    {"images", "devices", "runs", "locking"},
     {"data", "models"},
     {"checkpoint"},
     {"evaluation"},

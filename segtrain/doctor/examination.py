@@ -63,7 +63,7 @@ def loader_bytes(config: Config, splits: Sequence[Split]) -> int:
     # In training three bytes a pixel and one of mask; in validation the mask is as large as ever.
     a_picture = 4 * side**2 + 3 * side**2 + largest_mask
     workers = resolve_workers(config.data.workers)
-    return workers * _BATCHES_A_WORKER * config.train.batch_size * a_picture
+    return workers * _BATCHES_A_WORKER * config.train.images_a_step * a_picture
 
 
 def examine(

@@ -177,7 +177,7 @@ def _recalibrate(
     batches = train_batches(
         open_pictures(config.data, "train"),
         TrainTransform(config.data.image_size, config.data.augment, config.data.scale),
-        batch_size=config.train.batch_size,
+        batch_size=config.train.images_at_once,
         seed=config.train.seed,
         **loading,
     )

@@ -157,7 +157,7 @@ def _batches(start: Start, device: torch.device) -> tuple[Batches, Batches]:
         TrainTransform(config.data.image_size, config.data.augment, config.data.scale),
         lengths=start.train_source.lengths,
         weights=config.data.weights,
-        batch_size=config.train.batch_size,
+        batch_size=config.train.images_a_step,
         workers=workers,
         seed=config.train.seed,
         pin_memory=pin_memory,
@@ -166,7 +166,7 @@ def _batches(start: Start, device: torch.device) -> tuple[Batches, Batches]:
         start.val_source,
         image_size=config.data.image_size,
         # By its own statistics a picture is judged alone.
-        batch_size=1 if config.train.bn_eval == "batch" else config.train.batch_size,
+        batch_size=1 if config.train.bn_eval == "batch" else config.train.images_at_once,
         workers=workers,
         pin_memory=pin_memory,
     )

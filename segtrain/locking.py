@@ -1,0 +1,89 @@
+"""One process a run folder. The lock belongs to the process: whatever ends it ends the lock."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from segtrain.errors import BusyError, ResourceError
+
+_NAME = ".lock"
+_held: set[int] = set()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, which must exist, for this process alone.
+
+    Raises:
+        BusyError: another process holds it.
+        ResourceError: the folder cannot be written.
+    """
+    path = folder / _NAME
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write {path}: {error.strerror}; check the permissions or choose another folder"
+        ) from error
+    _held.add(lock)
+    try:
+        if not _take(lock):
+            raise BusyError(f"{folder} is in use{_by_whom(path)}; wait for it or stop it first")
+        os.ftruncate(lock, 0)
+        os.write(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        yield
+    finally:
+        _held.discard(lock)
+        os.close(lock)
+
+
+def refuse_if_busy(folder: Path) -> None:
+    """Raises BusyError if another process holds `folder`, and takes no time to find out."""
+    if is_busy(folder):
+        path = folder / _NAME
+        raise BusyError(f"{folder} is in use{_by_whom(path)}; wait for it or stop it first")
+
+
+def is_busy(folder: Path) -> bool:
+    """Whether a process holds `folder`."""
+    try:
+        lock = os.open(folder / _NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _take(lock)
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks: go without
+    return True
+
+
+def _by_whom(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f" by process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _let_go() -> None:
+    # A loader process that outlives its killed parent for a moment must not keep the lock.
+    for lock in _held:
+        with suppress(OSError):
+            os.close(lock)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
