@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from segtrain import __version__
-from segtrain.errors import DataError, UserError
+from segtrain.errors import DataError, UsageError, UserError
 from segtrain.stopping import Stopped, listening
 
 app = typer.Typer(
@@ -219,6 +219,69 @@ def predict(
         raise DataError(
             f"{len(problems)} of {len(jobs)} pictures could not be used, first: {problems[0]}"
         )
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of all runs.")] = Path(
+        "runs"
+    ),
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Two runs side by side: names in OUTPUT, or paths."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Picture of both runs' curves. Default: OUTPUT/compare-A-B.png."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a picture that exists.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """List all runs, newest first; or compare two: configuration, numbers and curves."""
+    if compare is not None:
+        _compare_runs(*compare, folder, output, overwrite=overwrite, as_json=as_json)
+        return
+    if output is not None or overwrite:
+        raise UsageError("--output and --overwrite are for the picture of --compare A B")
+    from segtrain.overview import listing
+
+    found, latest = listing.read_runs(folder), listing.latest_of(folder)
+    if as_json:
+        print(json.dumps(listing.as_json(found, latest), indent=2))
+    elif not found:
+        print(f"there are no runs in {folder} yet; segtrain train makes one")
+    else:
+        from rich.console import Console
+
+        Console().print(listing.runs_table(found, latest))
+        for line in listing.problem_lines(found):
+            print(line)
+
+
+def _compare_runs(
+    one: str, other: str, folder: Path, output: Path | None, *, overwrite: bool, as_json: bool
+) -> None:
+    from rich.console import Console
+
+    from segtrain.overview import comparison
+    from segtrain.overview.picture import picture_path, write_picture
+
+    pair = comparison.pair_of(one, other, folder)
+    picture = picture_path(output, pair, folder, overwrite=overwrite)
+    write_picture(picture, pair)
+    if as_json:
+        print(json.dumps(comparison.as_json(pair, picture), indent=2))
+        return
+    if pair.differences:
+        Console().print(comparison.differences_table(pair), "")
+    else:
+        print("the configurations are the same\n")
+    Console().print(comparison.numbers_table(pair), "")
+    for line in comparison.cautions(pair):
+        print(f"note: {line}")
+    print(f"curves: {picture}")
 
 
 @app.command()

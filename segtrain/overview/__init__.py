@@ -1,0 +1,1 @@
+"""Looking back at runs: the list of all, and two side by side. Knows no torch."""
