@@ -244,7 +244,10 @@ def runs(
         _compare_runs(*compare, folder, output, overwrite=overwrite, as_json=as_json)
         return
     if output is not None or overwrite:
-        raise UsageError("--output and --overwrite are for the picture of --compare A B")
+        raise UsageError(
+            "--output and --overwrite are for the picture of --compare A B; name the folder "
+            "of all runs plainly: segtrain runs FOLDER"
+        )
     from segtrain.overview import listing
 
     found, latest = listing.read_runs(folder), listing.latest_of(folder)
@@ -269,8 +272,8 @@ def _compare_runs(
     from segtrain.overview.picture import picture_path, write_picture
 
     pair = comparison.pair_of(one, other, folder)
-    picture = picture_path(output, pair, folder, overwrite=overwrite)
-    write_picture(picture, pair)
+    path = picture_path(output, pair, folder, overwrite=overwrite)
+    picture = write_picture(path, pair)
     if as_json:
         print(json.dumps(comparison.as_json(pair, picture), indent=2))
         return
@@ -281,7 +284,7 @@ def _compare_runs(
     Console().print(comparison.numbers_table(pair), "")
     for line in comparison.cautions(pair):
         print(f"note: {line}")
-    print(f"curves: {picture}")
+    print(f"curves: {picture or 'none, for neither has finished an epoch'}")
 
 
 @app.command()

@@ -1,13 +1,13 @@
 """Two runs side by side: what was set differently, and what came of it."""
 
 import difflib
-import json
 import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -39,7 +39,13 @@ class Pair:
     @property
     def same_loss(self) -> bool:
         """Whether their losses are the same function, so that their values can be compared."""
-        return not any(key.startswith(("loss.", "stages")) for key in self.differences)
+        one, other = ((c.loss, [s.loss for s in c.stages if s.loss]) for c in self.configs)
+        return one == other
+
+    @property
+    def has_curves(self) -> bool:
+        """Whether one of them has finished an epoch."""
+        return any(run.rows for run in self.runs)
 
     @property
     def same_pictures(self) -> bool:
@@ -159,8 +165,8 @@ def as_json(pair: Pair, picture: Path | None) -> dict[str, Any]:
 def _find(name: str, output: Path) -> Path:
     for path in (output / name, Path(name)):
         if looks_like_run(path):
-            # `latest` may point elsewhere tomorrow.
-            return path.resolve() if path.is_symlink() else path
+            # `latest` may point elsewhere tomorrow, and `.` is no name.
+            return path.resolve() if path.is_symlink() or path.name in {"", ".."} else path
     names = [p.name for p in output.iterdir() if looks_like_run(p)] if output.is_dir() else []
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}?" if close else "segtrain runs lists them"
@@ -188,10 +194,21 @@ def _value(config: Config, dotted: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value as one would write it in YAML, near enough."""
+    """A value as config.yaml has it; of stages only what they set."""
     if value is _NOT_SET:
         return "-"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        value = [_without_empty(item) if isinstance(item, dict) else item for item in value]
+    text = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+    )
+    return text.removesuffix("...\n").rstrip()
+
+
+def _without_empty(stage: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in stage.items() if value != {}}
 
 
 def _table(pair: Pair, heading: str) -> Table:

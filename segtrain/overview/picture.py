@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Blue and orange of Okabe and Ito: told apart by colour-blind eyes, and in gray by their lightness.
 _COLOURS = ("#0072B2", "#E69F00")
 _FEW_EPOCHS = 40
-_LONGEST_NAME = 60
+_LONGEST_NAME = 80
 
 
 def picture_path(given: Path | None, pair: Pair, output: Path, *, overwrite: bool) -> Path:
@@ -38,12 +38,17 @@ def picture_path(given: Path | None, pair: Pair, output: Path, *, overwrite: boo
     return path
 
 
-def write_picture(path: Path, pair: Pair) -> None:
+def write_picture(path: Path, pair: Pair) -> Path | None:
     """Training loss and validation person IoU over the epochs, both runs in each, as a PNG.
+
+    Returns:
+        `path`; None, and nothing is written, where neither run has finished an epoch.
 
     Raises:
         ResourceError: it cannot be written.
     """
+    if not pair.has_curves:
+        return None
     figure = draw(pair)
     png = io.BytesIO()
     with warnings.catch_warnings():
@@ -51,6 +56,7 @@ def write_picture(path: Path, pair: Pair) -> None:
         warnings.simplefilter("ignore", UserWarning)
         figure.savefig(png, format="png", dpi=130)
     write_bytes(path, png.getvalue())
+    return path
 
 
 def draw(pair: Pair) -> "Figure":
@@ -63,9 +69,8 @@ def draw(pair: Pair) -> "Figure":
         _curve(loss_axes, run.rows, "train/loss", colour)
         _curve(iou_axes, run.rows, "val/person_iou", colour)
         if run.best is not None:
-            iou_axes.plot(
-                run.best.epoch, run.best.iou, "o", color=colour, ms=9, mec="white", mew=1.5
-            )
+            x, y = run.best.epoch, run.best.iou
+            iou_axes.plot(x, y, "o", color=colour, ms=9, mec="white", mew=1.5, zorder=3)
     unlike = "" if pair.same_loss else " (not the same function)"
     loss_axes.set_title(f"training loss{unlike}", loc="left")
     loss_axes.set_ylim(bottom=min(0.0, loss_axes.get_ylim()[0]))
@@ -100,14 +105,19 @@ def _tidy(axes: "Axes") -> None:
 
 def _name_the_runs(figure: "Figure", axes: "Axes", pair: Pair) -> None:
     lines = list(axes.get_lines())
+    names = [_short(printable(label)) for label in pair.labels]
     legend = figure.legend(
-        lines, ["A", "B"], loc="outside upper center", ncols=2, frameon=False, fontsize=11
+        lines,
+        ["A", "B"],
+        loc="outside upper center",
+        ncols=2 if len("".join(names)) < _LONGEST_NAME else 1,
+        frameon=False,
+        fontsize=11,
     )
-    for text, label, run in zip(legend.get_texts(), pair.labels, pair.runs, strict=True):
+    for text, name, run in zip(legend.get_texts(), names, pair.runs, strict=True):
         # Set afterwards: a name may begin with _, which hides it, or hold $, which is TeX.
         text.set_parse_math(False)
-        best = f", best {run.best.iou:.4f}" if run.best else ""
-        text.set_text(_short(printable(label)) + best)
+        text.set_text(f"{name}, best {run.best.iou:.4f}" if run.best else name)
 
 
 def _short(name: str) -> str:

@@ -1,24 +1,25 @@
 """Times and names as people read them."""
 
+# Of one, of several, and seconds in it.
 _UNITS = (
-    ("year", 365 * 86400),
-    ("month", 30 * 86400),
-    ("week", 7 * 86400),
-    ("day", 86400),
-    ("hour", 3600),
-    ("minute", 60),
-    ("second", 1),
+    ("year", "years", 365 * 86400),
+    ("month", "months", 30 * 86400),
+    ("week", "weeks", 7 * 86400),
+    ("day", "days", 86400),
+    ("hour", "hours", 3600),
+    ("min", "min", 60),
+    ("s", "s", 1),
 )
 _JUST_NOW = 5
 
 
 def age_in_words(seconds: float) -> str:
-    """One number and its unit, rounded down: `3 minutes`; `just now` for what is to come, too."""
+    """One number and its unit, rounded down: `3 hours`; `just now` for what is to come, too."""
     if seconds < _JUST_NOW:
         return "just now"
-    unit, length = next((unit, length) for unit, length in _UNITS if seconds >= length)
+    one, several, length = next(unit for unit in _UNITS if seconds >= unit[2])
     count = int(seconds // length)
-    return f"{count} {unit}{'s' if count > 1 else ''}"
+    return f"{count} {one if count == 1 else several}"
 
 
 def duration(seconds: float) -> str:
