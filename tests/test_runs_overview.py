@@ -149,6 +149,42 @@ def test_the_state_of_a_run(
     assert run["epochs_planned"] == 3 + len(stages)
 
 
+def staged(*stages: int, **last: Any) -> list[dict[str, Any]]:
+    """A row an epoch, each with its stage, counted from 1; the last one knows more."""
+    rows = [row(epoch, stage=stage) for epoch, stage in enumerate(stages, 1)]
+    rows[-1] |= last
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "planned", "state"),
+    [
+        (staged(1, 1, 1), 5, "stopped"),
+        (staged(1, 1, 1, 2), 5, "stopped"),
+        (staged(1, 1, 1, 2, 2), 5, "finished"),
+        # The first stage ended early, and the second did all it had to.
+        (staged(1, 2), 3, "stopped"),
+        (staged(1, 2, 2), 3, "finished"),
+        # A stage without progress ends the run only if none is left.
+        (staged(1, stopped_early=True), 5, "stopped"),
+        (staged(1, 2, stopped_early=True), 3, "finished"),
+        # What cannot be, or comes from elsewhere.
+        (staged(9), 5, "stopped"),
+        (staged(0), 5, "stopped"),
+        ([row(1, stage="two")], 5, "stopped"),
+        ([row(1), row(2, stage=2)], 3, "stopped"),
+    ],
+)
+def test_the_state_of_a_run_with_a_second_stage(
+    segtrain: Command, rows: list[dict[str, Any]], planned: int, state: str
+) -> None:
+    make_run("a", rows, epochs=3, stages=[{"epochs": 2}])
+
+    run = listed(segtrain)["a"]
+
+    assert (run["epochs_planned"], run["state"]) == (planned, state)
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path

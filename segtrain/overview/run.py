@@ -1,5 +1,6 @@
 """What a run folder tells about its run: from config.yaml, metrics.jsonl and a look at the rest."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,8 @@ class Run:
 
     @property
     def epochs_planned(self) -> int | None:
-        """Those of all stages."""
-        return _planned(self.config) if self.config else None
+        """Those of all stages; a stage that ended early counts what it took."""
+        return _planned(self.config, self.rows) if self.config else None
 
     @property
     def best(self) -> Best | None:
@@ -91,15 +92,32 @@ def looks_like_run(path: Path) -> bool:
 def _state(config: Config | None, rows: tuple[Row, ...], *, busy: bool, saved: bool) -> State:
     if busy:
         return "running"
-    if config is not None and rows:
-        last = rows[-1]
-        if last.get("stopped_early") is True or last["epoch"] >= _planned(config):
-            return "finished"
+    if config is not None and rows and _is_finished(config, rows):
+        return "finished"
     return "stopped" if saved else "begun"
 
 
-def _planned(config: Config) -> int:
-    return config.train.epochs + sum(stage.epochs for stage in config.stages)
+def _is_finished(config: Config, rows: tuple[Row, ...]) -> bool:
+    last = rows[-1]
+    # With stages to come, training without progress goes on to the next.
+    gave_up = last.get("stopped_early") is True and (_stage(last) or math.inf) > len(config.stages)
+    return gave_up or last["epoch"] >= _planned(config, rows)
+
+
+def _planned(config: Config, rows: tuple[Row, ...]) -> int:
+    """Epochs in all: a stage that ended early counts what it took."""
+    lengths = [config.train.epochs, *(stage.epochs for stage in config.stages)]
+    stage = (_stage(rows[-1]) if rows else None) or 1
+    if stage > len(lengths):
+        return sum(lengths)  # written under another configuration
+    before = [row["epoch"] for row in rows if (_stage(row) or 1) < stage]
+    return max(before, default=0) + sum(lengths[stage - 1 :])
+
+
+def _stage(row: Row) -> int | None:
+    """Counted from 1; None where the row does not say."""
+    stage = row.get("stage")
+    return stage if type(stage) is int and stage >= 1 else None
 
 
 def _has_checkpoint(folder: RunFolder) -> bool:
@@ -116,7 +134,7 @@ def _read_config(folder: RunFolder, *, needed: bool) -> Config | None:
 
 def _changed(folder: RunFolder) -> float:
     times = [_written(folder.config), _written(folder.metrics)]
-    known = [time for time in times if time is not None]
+    known = [when for when in times if when is not None]
     return max(known) if known else _written(folder.path) or 0.0
 
 
