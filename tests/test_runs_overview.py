@@ -241,9 +241,10 @@ def test_the_latest_is_marked_and_listed_once(segtrain: Command) -> None:
     assert out.count("latest") == 1
 
 
-def test_a_dangling_latest_marks_nothing(segtrain: Command) -> None:
+@pytest.mark.parametrize("target", ["deleted", "latest"])
+def test_a_latest_that_leads_nowhere_marks_nothing(segtrain: Command, target: str) -> None:
     make_run("one")
-    Path("runs/latest").symlink_to("deleted")
+    Path("runs/latest").symlink_to(target)
 
     done = segtrain("runs")
 
@@ -259,6 +260,14 @@ def test_runs_elsewhere_may_be_linked_to(segtrain: Command) -> None:
     Path("runs/linked").symlink_to(Path("attic/old").resolve())
 
     assert list(listed(segtrain)) == ["linked"]
+
+
+def test_a_folder_called_latest_is_a_run_like_any(segtrain: Command) -> None:
+    """Training leaves such a folder alone and goes without the link."""
+    make_run("latest")
+
+    assert not listed(segtrain)["latest"]["latest"]
+    assert "(latest)" not in segtrain("runs").out
 
 
 def test_what_is_no_run_is_passed_over(segtrain: Command) -> None:
@@ -635,6 +644,17 @@ def test_a_picture_that_exists_is_kept_unless_allowed(segtrain: Command, given: 
     assert path.read_text() == "mine"
     assert segtrain("runs", "--compare", "a", "b", *given, "--overwrite").code == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_too_long_for_a_file_ask_for_one(segtrain: Command) -> None:
+    for name in ("a" * 150, "b" * 150):
+        make_run(name, three_rows())
+
+    done = segtrain("runs", "--compare", "a" * 150, "b" * 150)
+
+    assert done.code == 2
+    [line] = done.error_lines
+    assert line.endswith("File name too long; give another --output")
 
 
 def test_two_runs_without_an_epoch_make_no_picture(segtrain: Command) -> None:

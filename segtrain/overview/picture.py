@@ -27,13 +27,18 @@ def picture_path(given: Path | None, pair: Pair, output: Path, *, overwrite: boo
     """Where the picture goes: `given`, else `compare-A-B.png` in the folder of all runs.
 
     Raises:
-        UsageError: it exists and nobody allowed to replace it, or it is to be no PNG.
+        UsageError: it exists and nobody allowed to replace it, it is to be no PNG, or both names
+            are too long for one file.
     """
     names = "-".join(run.name for run in pair.runs)
     path = given or output / f"compare-{names}.png"
     if path.suffix.lower() != ".png":
         raise UsageError(f"--output {path} must end in .png")
-    if path.exists() and not overwrite:
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give another --output") from None
+    if exists and not overwrite:
         raise UsageError(f"{path} exists; give --overwrite or another --output")
     return path
 
