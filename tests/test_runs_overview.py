@@ -131,6 +131,7 @@ def test_a_resumed_run_is_as_new_as_its_configuration(segtrain: Command) -> None
         ([row(1), row(2, stopped_early=True)], "last.pt", [], "finished"),
         ([row(1, stopped_early=True), row(2)], "last.pt", [], "stopped"),
         ([row(1, stopped_early=False)], "last.pt", [], "stopped"),
+        ([row(1, stopped_early="no")], "last.pt", [], "stopped"),
         ([row(1)], "previous.pt", [], "stopped"),
         ([], "last.pt", [], "stopped"),  # saved within its first epoch
         ([], "best.pt", [], "begun"),
@@ -345,6 +346,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
         ("config.yaml", None, "config.yaml is missing"),
         ("metrics.jsonl", b'{"epoch": 1}\n{"epo\n{"epoch": 3}\n', "damaged at line 2"),
         ("metrics.jsonl", b'{"epoch": 1}\n{"epoch": 2, "x":\n', "damaged at line 2"),
+        ("metrics.jsonl", b'{"epoch": 1}\n{"epo\n{"epoch": 3}', "damaged at line 2"),
         ("metrics.jsonl", b"hello", "damaged at line 1"),
         ("metrics.jsonl", b'{"epoch": "1"}\n', "damaged at line 1"),
         ("metrics.jsonl", b'{"epoch": 0}\n', "damaged at line 1"),
@@ -390,6 +392,26 @@ def test_a_folder_in_the_place_of_a_file_is_damage_too(segtrain: Command, file: 
     assert runs["bad"]["state"] == "unreadable"
     assert file in runs["bad"]["problem"]
     assert "Is a directory" in runs["bad"]["problem"]
+    assert runs["good"]["state"] == "stopped"
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(
+    segtrain: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("good")
+    make_run("private")
+    exists = Path.exists
+
+    def refused(path: Path) -> bool:
+        if path.parent.name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refused)
+
+    runs = listed(segtrain)
+
+    assert runs["private"]["problem"] == "config.yaml: Permission denied"
     assert runs["good"]["state"] == "stopped"
 
 
@@ -630,6 +652,42 @@ def test_runs_are_named_by_name_by_path_or_as_latest(segtrain: Command) -> None:
     assert "the configurations are the same" in done.out
 
 
+def test_a_run_of_the_folder_goes_before_a_path_of_that_name(segtrain: Command) -> None:
+    make_run("a", three_rows())
+    make_run("a", output=".")
+    make_run("b", three_rows())
+
+    done = segtrain("runs", "--compare", "a", "b")
+
+    assert compare_rows(done.out)["epochs"][0] == "3 of 3, finished"
+
+
+def test_the_folder_one_stands_in_has_a_name(
+    segtrain: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("a", three_rows())
+    make_run("b", three_rows())
+    monkeypatch.chdir("runs/a")
+
+    done = segtrain("runs", "..", "--compare", ".", "../b")
+
+    assert compare_rows(done.out)["numbers"] == ["a", "b"]
+    assert Path("../compare-a-b.png").is_file()
+
+
+def test_the_better_iou_stands_out(segtrain: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run("a", three_rows(0.5))
+    make_run("b", three_rows(0.75))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+    out = segtrain("runs", "--compare", "a", "b").out
+
+    assert "\x1b[1m0.7500" in out
+    assert "\x1b[1m0.5000" not in out
+
+
 @pytest.mark.parametrize("given", [[], ["--output", "mine.png"]])
 def test_a_picture_that_exists_is_kept_unless_allowed(segtrain: Command, given: list[str]) -> None:
     make_run("a", three_rows())
@@ -737,6 +795,15 @@ def test_the_figure_holds_both_runs_numbers() -> None:
         assert axes.get_xlabel() == "epoch"
 
 
+def test_a_negative_loss_is_not_cut_off() -> None:
+    make_run("a", [row(1, loss=0.5), row(2, loss=-2.0)])
+    make_run("b")
+
+    loss_axes, _ = draw(pair_of("a", "b", Path("runs"))).axes
+
+    assert loss_axes.get_ylim()[0] < -2
+
+
 def test_a_run_has_one_colour_and_the_two_differ_in_lightness() -> None:
     for name in "ab":
         make_run(name, three_rows())
@@ -753,7 +820,7 @@ def test_a_run_has_one_colour_and_the_two_differ_in_lightness() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["a, best 0.5000", "b, best 0.5000"]
 
 
-@pytest.mark.parametrize("name", [*ODD_NAMES, "$broken", "x" * 200])
+@pytest.mark.parametrize("name", [*ODD_NAMES, "$broken", r"$\frac$", "x" * 200])
 def test_any_name_can_stand_in_the_picture(segtrain: Command, name: str) -> None:
     make_run(name, three_rows())
     make_run("other", three_rows())
@@ -763,6 +830,8 @@ def test_any_name_can_stand_in_the_picture(segtrain: Command, name: str) -> None
 
     assert (done.code, done.err) == (0, "")
     assert cv2.imread("odd.png") is not None
+    if len(name) < 80:
+        assert compare_rows(done.out)["numbers"] == [name, "other"]
     figure = draw(pair_of(name, "other", Path("runs")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # letters that the font lacks

@@ -120,7 +120,7 @@ def _name_the_runs(figure: "Figure", axes: "Axes", pair: Pair) -> None:
         fontsize=11,
     )
     for text, name, run in zip(legend.get_texts(), names, pair.runs, strict=True):
-        # Set afterwards: a name may begin with _, which hides it, or hold $, which is TeX.
+        # Set afterwards: a name may begin with _, which may hide it, or hold $, which is TeX.
         text.set_parse_math(False)
         text.set_text(f"{name}, best {run.best.iou:.4f}" if run.best else name)
 
