@@ -104,6 +104,23 @@ def test_a_run_in_one_line_and_in_one_object(segtrain: Command) -> None:
     }
 
 
+def test_listing_imports_nothing_that_takes_long() -> None:
+    make_run("one", three_rows())
+    script = (
+        "import sys\n"
+        "from segtrain.cli import run\n"
+        "assert run(['runs']) == 0\n"
+        "print(*({'torch', 'matplotlib', 'numpy', 'cv2', 'PIL'} & sys.modules.keys()))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", script]
+
+    out = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+
+    assert "one " in out
+    assert out.splitlines()[-1] == ""
+
+
 def test_newest_first(segtrain: Command) -> None:
     for name, age in (("old", 900), ("new", 10), ("middle", 400)):
         make_run(name, age=age)
