@@ -46,7 +46,11 @@ if [ -x "${SLURM_SUBMIT_DIR:-.}/.venv/bin/segtrain" ]; then
 fi
 
 nodes=${SLURM_JOB_NUM_NODES:-1}
-gpus=${GPUS:-${SLURM_GPUS_ON_NODE:-1}}
+gpus=${GPUS:-${SLURM_GPUS_ON_NODE:-1}} # of each node
+if ! [[ $gpus =~ ^[1-9][0-9]{0,2}$ ]]; then
+  echo "error: GPUS=$gpus is no number of GPUs of a node; ask for some: --gpus-per-node=4" >&2
+  exit 2
+fi
 launch=(torchrun --nnodes "$nodes" --nproc-per-node "$gpus")
 if [ "$nodes" -gt 1 ]; then
   hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -80,7 +84,10 @@ status=0
 if [ "$status" -eq 0 ] || [ -n "$ended_by_slurm" ] || [ "$restarts" -ge "$chain" ]; then
   exit "$status"
 fi
-end=${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s)}
+end=${SLURM_JOB_END_TIME:-} # Slurm before 22.05 does not tell
+if [ -z "$end" ]; then
+  end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) || exit "$status"
+fi
 # Slurm warns up to a minute before the 120 s; an error long before the end would only come again.
 if [ $((end - $(date +%s))) -gt 240 ]; then
   exit "$status"

@@ -1,15 +1,29 @@
 """The shell scripts and what they install."""
 
+import hashlib
+import io
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import threading
+import time
 import tomllib
+import zipfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).parents[1]
 SCRIPTS = [*sorted((PROJECT / "scripts").glob("*.sh")), PROJECT / ".ci" / "run"]
+# With the dev extra it lies beside python, whether or not that folder is on the PATH.
+SHELLCHECK = shutil.which("shellcheck") or shutil.which(
+    "shellcheck", path=Path(sys.executable).parent
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -21,11 +35,12 @@ def test_scripts_parse_and_stop_at_the_first_error(script: Path) -> None:
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_pass_shellcheck(script: Path) -> None:
+    assert SHELLCHECK is not None
     done = subprocess.run(
-        ["shellcheck", "--source-path", PROJECT, script], capture_output=True, text=True
+        [SHELLCHECK, "--source-path", PROJECT, script], capture_output=True, text=True, check=False
     )
 
     assert done.returncode == 0, done.stdout
@@ -46,3 +61,780 @@ def test_every_direct_dependency_is_pinned() -> None:
     pinned = {line.split("==")[0].lower() for line in constraints.splitlines() if "==" in line}
 
     assert names <= pinned
+
+
+# Programs that the scripts call: this one says how it was called.
+SAYS_ITS_ARGUMENTS = """
+echo "$(basename "$0")" "$@"
+echo "threads ${OMP_NUM_THREADS:-unset}"
+"""
+# A program that saves when it is asked to stop, as segtrain does.
+SAVES_ON_SIGTERM = """
+trap 'echo saved; exit 143' TERM
+echo $$ >"$PID_FILE"
+while :; do sleep 0.02; done
+"""
+
+
+class Box:
+    """A copy of the scripts, without a .venv, and a PATH that begins with made-up programs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[subprocess.Popen[str]] = []
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        shutil.copytree(PROJECT / "scripts", folder / "project" / "scripts")
+        self.environment = {"PATH": f"{self.bin}:/usr/bin:/bin"}
+
+    def program(self, name: str, body: str, *, folder: Path | None = None) -> None:
+        path = (folder or self.bin) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{body}", encoding="utf-8")
+        path.chmod(0o755)
+
+    def start(self, script: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            ["bash", self.folder / "project" / "scripts" / script, *arguments],
+            cwd=self.folder,
+            env=self.environment | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Leave nothing behind when a test has failed."""
+        for process in self.started:
+            if not group_is_gone(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate(timeout=10)
+
+    def run(
+        self, script: str, *arguments: str, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        process = self.start(script, *arguments, **environment)
+        out, err = process.communicate(timeout=30)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[Box]:
+    box = Box(tmp_path)
+    yield box
+    box.end()
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    for _ in range(500):
+        if is_so():
+            return
+        time.sleep(0.01)
+    raise AssertionError("waited 5 s in vain")
+
+
+def group_is_gone(leader: int) -> bool:
+    """No process is left of those that `leader`, the first of a session, started."""
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def error_lines(done: "subprocess.CompletedProcess[str]") -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+# --- train_multi_gpu.sh
+
+
+@pytest.mark.parametrize(
+    ("smi", "environment", "count"),
+    [
+        ("GPU 0: A (UUID: a)\nGPU 1: B (UUID: b)\nGPU 2: C (UUID: c)", {}, 3),
+        ("GPU 0: A (UUID: a)\n  MIG 1g.5gb Device 0: (UUID: m)\nGPU 1: B (UUID: b)", {}, 2),
+        ("GPU 0: A (UUID: a)\nGPU 1: B (UUID: b)", {"CUDA_VISIBLE_DEVICES": "5,3,1,0"}, 4),
+        ("GPU 0: A (UUID: a)\nGPU 1: B (UUID: b)", {"CUDA_VISIBLE_DEVICES": "1,0,-1,2"}, 2),
+        ("GPU 0: A (UUID: a)\nGPU 1: B (UUID: b)", {"GPUS": "6"}, 6),
+    ],
+)
+def test_multi_gpu_starts_a_process_for_each_gpu(
+    box: Box, smi: str, environment: dict[str, str], count: int
+) -> None:
+    box.program("nvidia-smi", f"[ $1 = -L ] && cat <<'END'\n{smi}\nEND\n")
+    box.program("torchrun", SAYS_ITS_ARGUMENTS)
+
+    done = box.run("train_multi_gpu.sh", "--name", "two words", **environment)
+
+    assert done.stdout.splitlines()[0] == (
+        f"torchrun --standalone --nproc-per-node {count} -m segtrain train "
+        "--resume auto --name two words"
+    )
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("smi", "environment"),
+    [
+        ("exit 9", {}),  # no driver
+        ("echo 'GPU 0: A (UUID: a)'", {}),
+        ("printf 'GPU 0: A\nGPU 1: B\n'", {"CUDA_VISIBLE_DEVICES": ""}),
+        ("printf 'GPU 0: A\nGPU 1: B\n'", {"CUDA_VISIBLE_DEVICES": "-1"}),
+        ("printf 'GPU 0: A\nGPU 1: B\n'", {"CUDA_VISIBLE_DEVICES": "1"}),
+        ("printf 'GPU 0: A\nGPU 1: B\n'", {"GPUS": "1"}),
+    ],
+)
+def test_multi_gpu_with_one_or_none_is_plain_training(
+    box: Box, smi: str, environment: dict[str, str]
+) -> None:
+    box.program("nvidia-smi", smi)
+    box.program("segtrain", SAYS_ITS_ARGUMENTS)
+    box.program("torchrun", SAYS_ITS_ARGUMENTS)
+
+    done = box.run("train_multi_gpu.sh", "--lr", "1", **environment)
+
+    assert done.stdout.splitlines() == ["segtrain train --resume auto --lr 1", "threads unset"]
+
+
+@pytest.mark.parametrize("own", [["--resume", "runs/a"], ["--resume=runs/a"]])
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_multi_gpu_leaves_a_resume_of_the_users_alone(box: Box, gpus: str, own: list[str]) -> None:
+    for program in ("segtrain", "torchrun"):
+        box.program(program, SAYS_ITS_ARGUMENTS)
+
+    done = box.run("train_multi_gpu.sh", "--lr", "1", *own, GPUS=gpus)
+
+    first = done.stdout.splitlines()[0]
+    assert first.endswith(f"train --lr 1 {' '.join(own)}")
+    assert first.count("--resume") == 1
+
+
+def test_multi_gpu_keeps_every_argument_whole(box: Box) -> None:
+    box.program("torchrun", """printf '[%s]' "${@: -3}" """)
+
+    done = box.run("train_multi_gpu.sh", "--data", "a  b*", "", GPUS="2")
+
+    assert done.stdout == "[--data][a  b*][]"
+
+
+def test_multi_gpu_shares_the_cores_among_the_processes(box: Box) -> None:
+    box.program("nproc", "echo 12")
+    box.program("torchrun", SAYS_ITS_ARGUMENTS)
+
+    def threads(**environment: str) -> str:
+        return box.run("train_multi_gpu.sh", **environment).stdout.splitlines()[-1]
+
+    assert threads(GPUS="4") == "threads 3"
+    assert threads(GPUS="100") == "threads 1"
+    assert threads(GPUS="4", OMP_NUM_THREADS="7") == "threads 7"
+
+
+@pytest.mark.parametrize("gpus", ["two", "-1", "1.5", "2 "])
+def test_multi_gpu_says_what_is_wrong_with_gpus(box: Box, gpus: str) -> None:
+    done = box.run("train_multi_gpu.sh", GPUS=gpus)
+
+    assert done.returncode == 2
+    assert error_lines(done) == done.stderr.splitlines()
+    assert f"GPUS={gpus} " in done.stderr
+
+
+def test_multi_gpu_prefers_the_environment_of_the_project(box: Box) -> None:
+    for program in ("segtrain", "torchrun"):
+        box.program(program, "echo from the PATH")
+        box.program(program, "echo from .venv", folder=box.folder / "project" / ".venv" / "bin")
+
+    for gpus in ("1", "2"):
+        assert box.run("train_multi_gpu.sh", GPUS=gpus).stdout == "from .venv\n"
+
+
+@pytest.mark.parametrize(("gpus", "program"), [("1", "segtrain"), ("2", "torchrun")])
+def test_multi_gpu_becomes_the_program_so_that_signals_reach_it(
+    box: Box, gpus: str, program: str
+) -> None:
+    box.program(program, SAVES_ON_SIGTERM)
+    pid_file = box.folder / "pid"
+
+    process = box.start("train_multi_gpu.sh", GPUS=gpus, PID_FILE=str(pid_file))
+    wait_until(lambda: pid_file.exists() and pid_file.read_text().endswith("\n"))
+    process.terminate()
+    out, _ = process.communicate(timeout=10)
+
+    assert int(pid_file.read_text()) == process.pid
+    assert process.returncode == 143
+    assert out == "saved\n"
+    wait_until(lambda: group_is_gone(process.pid))
+
+
+# --- train_slurm.sh
+
+
+@pytest.fixture
+def slurm(box: Box) -> Box:
+    """What a job of one node with four GPUs finds, an hour before its end."""
+    box.program("srun", SAYS_ITS_ARGUMENTS)
+    box.program(
+        "scontrol",
+        """
+        if [ "$1" = show ]; then printf '%s\n' n07 n08; else echo scontrol "$@"; fi
+        """,
+    )
+    box.environment |= {
+        "SLURM_JOB_ID": "1020304",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "n07",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "32",
+        "SLURM_SUBMIT_DIR": str(box.folder),
+        "SLURM_JOB_END_TIME": str(int(time.time()) + 3600),
+    }
+    return box
+
+
+def test_slurm_on_one_node(slurm: Box) -> None:
+    done = slurm.run("train_slurm.sh", "--data", "/data/coco", "--name", "week")
+
+    assert done.stdout.splitlines() == [
+        "srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 --cpus-per-task=32 "
+        "torchrun --nnodes 1 --nproc-per-node 4 --standalone "
+        "-m segtrain train --resume auto --data /data/coco --name week",
+        "threads 8",
+    ]
+    assert done.returncode == 0
+
+
+def test_slurm_on_two_nodes_meets_on_the_first(slurm: Box) -> None:
+    done = slurm.run(
+        "train_slurm.sh",
+        "--name",
+        "week",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_NODELIST="n[07-08]",
+        SLURM_RESTART_COUNT="3",
+    )
+
+    assert done.stdout.splitlines()[0] == (
+        "srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 --cpus-per-task=32 "
+        "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d "
+        "--rdzv-id segtrain-1020304-3 --rdzv-endpoint n07:10304 "
+        "-m segtrain train --resume auto --name week"
+    )
+
+
+def test_slurm_asks_slurm_for_the_hosts_of_this_job(slurm: Box) -> None:
+    slurm.program("scontrol", "printf '%s\n' $3 other")
+
+    done = slurm.run("train_slurm.sh", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="n42")
+
+    assert "--rdzv-endpoint n42:10304 " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "then"),
+    [
+        ([], "--resume auto --name slurm-1020304"),
+        (["--name=a"], "--resume auto --name=a"),
+        (["--resume", "runs/a"], "--resume runs/a"),
+        (["--resume=runs/a", "--name", "b"], "--resume=runs/a --name b"),
+    ],
+)
+def test_slurm_finds_its_own_run_again(slurm: Box, arguments: list[str], then: str) -> None:
+    first = slurm.run("train_slurm.sh", *arguments).stdout.splitlines()[0]
+
+    assert first.endswith(f"segtrain train {then}")
+
+
+def test_slurm_takes_the_environment_of_the_folder_it_was_submitted_from(slurm: Box) -> None:
+    slurm.program("srun", "command -v torchrun")
+    for name in ("segtrain", "torchrun"):
+        slurm.program(name, "", folder=slurm.folder / ".venv" / "bin")
+
+    assert slurm.run("train_slurm.sh").stdout.strip() == str(slurm.folder / ".venv/bin/torchrun")
+
+
+TIME_LIMIT = {"SEGTRAIN_CHAIN": "2", "SLURM_JOB_END_TIME": "in 100 s"}
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "again"),
+    [
+        (1, TIME_LIMIT, True),
+        (1, TIME_LIMIT | {"SLURM_RESTART_COUNT": "1"}, True),
+        (1, TIME_LIMIT | {"SLURM_RESTART_COUNT": "2"}, False),  # the chain is used up
+        (1, TIME_LIMIT | {"SEGTRAIN_CHAIN": ""}, False),  # nobody asked for it
+        (1, TIME_LIMIT | {"SLURM_JOB_END_TIME": "in 3600 s"}, False),  # an error, no time limit
+        (0, TIME_LIMIT, False),  # all epochs are done
+    ],
+)
+def test_slurm_queues_again_what_its_time_limit_ended(
+    slurm: Box, code: int, environment: dict[str, str], again: bool
+) -> None:
+    slurm.program("srun", f"exit {code}")
+    if match := re.fullmatch(r"in (\d+) s", environment["SLURM_JOB_END_TIME"]):
+        environment = environment | {"SLURM_JOB_END_TIME": str(int(time.time()) + int(match[1]))}
+
+    done = slurm.run("train_slurm.sh", "--name", "week", **environment)
+
+    assert ("scontrol requeue 1020304" in done.stdout.splitlines()) is again
+    assert again or done.returncode == code
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("seconds", "again"), [(100, True), (3600, False)])
+def test_slurm_asks_for_the_end_when_it_is_not_told(slurm: Box, seconds: int, again: bool) -> None:
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
+    slurm.program("srun", "exit 1")
+    slurm.program("squeue", f'[ "$*" = "-h -j 1020304 -o %e" ] && echo {end}')
+    del slurm.environment["SLURM_JOB_END_TIME"]
+
+    done = slurm.run("train_slurm.sh", SEGTRAIN_CHAIN="1", TZ=os.environ.get("TZ", ""))
+
+    assert ("scontrol requeue 1020304" in done.stdout) is again
+
+
+def test_slurm_outlives_the_sigterm_that_srun_must_not_get(slurm: Box) -> None:
+    # Slurm sends it to the script and, by itself, to torchrun. Here srun ends when torchrun has
+    # saved, and a cancelled job must not come back.
+    go_on = slurm.folder / "saved"
+    slurm.program(
+        "srun",
+        """
+        trap 'echo srun was signalled' TERM
+        echo $$ >"$PID_FILE"
+        until [ -e saved ]; do sleep 0.02; done
+        echo torchrun has saved
+        exit 1
+        """,
+    )
+    pid_file = slurm.folder / "pid"
+
+    process = slurm.start(
+        "train_slurm.sh",
+        SEGTRAIN_CHAIN="5",
+        SLURM_JOB_END_TIME=str(int(time.time()) + 100),
+        PID_FILE=str(pid_file),
+    )
+    wait_until(lambda: pid_file.exists() and pid_file.read_text().endswith("\n"))
+    process.terminate()
+    time.sleep(0.2)
+    assert process.poll() is None
+    assert int(pid_file.read_text()) != process.pid  # exec would hand srun the signal
+    go_on.touch()
+    out, _ = process.communicate(timeout=10)
+
+    assert out == "torchrun has saved\n"
+    assert process.returncode == 1
+
+
+def test_slurm_options_precede_the_first_command() -> None:
+    text = (PROJECT / "scripts" / "train_slurm.sh").read_text(encoding="utf-8")
+    head = text[: text.index("\nset -euo")].splitlines()
+    options = {line.removeprefix("#SBATCH ") for line in head if line.startswith("#SBATCH")}
+
+    assert all(line.startswith("#") for line in head)
+    assert text.count("#SBATCH") == len(options)
+    # B:TERM would signal the script and not torchrun, and torchrun does not pass USR1 on.
+    assert {"--requeue", "--open-mode=append", "--signal=TERM@120"} <= options
+    assert "--ntasks-per-node=1" in options
+
+
+@pytest.mark.parametrize(
+    ("missing", "environment"),
+    [("SLURM_JOB_ID", {}), ("", {"SEGTRAIN_CHAIN": "many"}), ("", {"SLURM_GPUS_ON_NODE": "0"})],
+)
+def test_slurm_says_what_is_wrong(slurm: Box, missing: str, environment: dict[str, str]) -> None:
+    slurm.environment.pop(missing, None)
+
+    done = slurm.run("train_slurm.sh", **environment)
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert error_lines(done) == done.stderr.splitlines()
+    assert len(error_lines(done)) == 1
+
+
+# --- download_coco.sh
+
+ZIPS = {
+    "annotations": "annotations/annotations_trainval2017.zip",
+    "val": "zips/val2017.zip",
+    "train": "zips/train2017.zip",
+}
+FILES = {
+    "annotations": {"annotations/instances_val2017.json": b"{}" * 100},
+    "val": {f"val2017/{number}.jpg": bytes([number]) * 7000 for number in range(5)},
+    "train": {f"train2017/{number}.jpg": bytes([number]) * 900 for number in range(7)},
+}
+
+
+class Mirror(Box):
+    """A folder with archives as COCO's, tiny, and the file of their checksums."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.archives: dict[str, bytes] = {}
+        sums = ""
+        for archive, path in ZIPS.items():
+            buffer = io.BytesIO()
+            with zipfile.ZipFile(buffer, "w") as file:
+                for name, content in FILES[archive].items():
+                    file.writestr(name, content)
+            self.archives[path] = buffer.getvalue()
+            target = folder / "mirror" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(buffer.getvalue())
+            digest = hashlib.md5(buffer.getvalue(), usedforsecurity=False).hexdigest()
+            sums += f"{digest}  {target.name}\n"
+        (folder / "sums").write_text(sums, encoding="utf-8")
+        self.environment |= {
+            "SEGTRAIN_COCO_URL": (folder / "mirror").as_uri(),
+            "SEGTRAIN_COCO_MD5": str(folder / "sums"),
+        }
+        self.coco = folder / "coco"
+        self.part = self.coco / ".download" / "val2017.zip.part"
+
+    def present(self) -> dict[str, bytes]:
+        """What lies in the data set by now."""
+        return {
+            str(path.relative_to(self.coco)): path.read_bytes()
+            for path in self.coco.rglob("*")
+            if path.is_file() and ".download" not in path.parts
+        }
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Iterator[Mirror]:
+    mirror = Mirror(tmp_path)
+    yield mirror
+    mirror.end()
+
+
+class Server:
+    """Serves a mirror over HTTP, gives `serve` bytes an answer and then hangs up, or `stalls`."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self.ranges: list[str | None] = []
+        self.serve: int | None = None
+        self.stalls = False
+        self.resumes = True
+        self.released = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(mirror.archives[self.path[1:]])))
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                wanted = self.headers["Range"]
+                outer.ranges.append(wanted)
+                content = mirror.archives[self.path[1:]]
+                begin = int(wanted[6:-1]) if wanted and outer.resumes else 0
+                self.send_response(206 if wanted and outer.resumes else 200)
+                if wanted and outer.resumes:
+                    self.send_header(
+                        "Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}"
+                    )
+                self.send_header("Content-Length", str(len(content) - begin))
+                self.end_headers()
+                self.wfile.write(content[begin:][: outer.serve])
+                if outer.stalls:
+                    outer.released.wait(10)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        mirror.environment["SEGTRAIN_COCO_URL"] = f"http://127.0.0.1:{self.http.server_port}"
+
+
+@pytest.fixture
+def server(mirror: Mirror) -> Iterator[Server]:
+    server = Server(mirror)
+    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.released.set()
+    server.http.shutdown()
+    thread.join()
+    server.http.server_close()
+
+
+def test_download_unpacks_everything_and_leaves_no_archive(mirror: Mirror) -> None:
+    done = mirror.run("download_coco.sh")
+
+    assert done.returncode == 0, done.stderr
+    assert mirror.present() == FILES["annotations"] | FILES["val"] | FILES["train"]
+    assert not list(mirror.coco.rglob("*.zip")) + list(mirror.coco.rglob("*.part"))
+    assert not list(mirror.coco.rglob("*.unpacked"))
+
+
+def test_download_takes_only_what_is_named(mirror: Mirror) -> None:
+    done = mirror.run("download_coco.sh", "--only", "val,annotations", "my data/")
+
+    mirror.coco = mirror.folder / "my data"
+    assert done.returncode == 0
+    assert mirror.present() == FILES["annotations"] | FILES["val"]
+
+
+def test_download_again_costs_nothing(mirror: Mirror, server: Server) -> None:
+    mirror.run("download_coco.sh", "--only=val")
+    assert server.ranges == [None]
+    mirror.program("curl", "exit 7")
+
+    done = mirror.run("download_coco.sh", "--only=val")
+
+    assert done.returncode == 0
+    assert server.ranges == [None]
+    assert mirror.present() == FILES["val"]
+
+
+def test_download_again_when_its_folder_was_deleted(mirror: Mirror) -> None:
+    mirror.run("download_coco.sh", "--only=val")
+    shutil.rmtree(mirror.coco / "val2017")
+
+    mirror.run("download_coco.sh", "--only=val")
+
+    assert mirror.present() == FILES["val"]
+
+
+@pytest.mark.parametrize("over", ["file", "http"])
+def test_download_goes_on_with_a_partial_file(
+    mirror: Mirror, over: str, request: pytest.FixtureRequest
+) -> None:
+    server = request.getfixturevalue("server") if over == "http" else None
+    content = mirror.archives[ZIPS["val"]]
+    mirror.part.parent.mkdir(parents=True)
+    mirror.part.write_bytes(content[:1500])
+
+    done = mirror.run("download_coco.sh", "--only", "val")
+
+    assert done.returncode == 0, done.stderr
+    assert mirror.present() == FILES["val"]
+    assert server is None or server.ranges == ["bytes=1500-"]
+    assert f"from byte 1500 of {len(content)}" in done.stdout
+
+
+def test_download_of_a_whole_file_only_compares(mirror: Mirror, server: Server) -> None:
+    mirror.part.parent.mkdir(parents=True)
+    mirror.part.write_bytes(mirror.archives[ZIPS["val"]])
+
+    assert mirror.run("download_coco.sh", "--only", "val").returncode == 0
+    assert server.ranges == []
+    assert mirror.present() == FILES["val"]
+
+
+def test_download_goes_on_by_itself_when_the_line_breaks(mirror: Mirror, server: Server) -> None:
+    server.serve = 15_000
+
+    done = mirror.run("download_coco.sh", "--only", "val")
+
+    assert done.returncode == 0, done.stderr
+    assert server.ranges == [None, "bytes=15000-", "bytes=30000-"]
+    assert mirror.present() == FILES["val"]
+
+
+def test_download_gives_up_when_nothing_comes(mirror: Mirror, server: Server) -> None:
+    server.serve = 0
+    mirror.program("sleep", 'echo "$1" >>naps')
+
+    done = mirror.run("download_coco.sh", "--only", "val")
+
+    assert done.returncode == 5
+    assert len(error_lines(done)) == 1
+    assert len(server.ranges) == 5
+    assert (mirror.folder / "naps").read_text().split() == ["2", "4", "8", "16"]
+
+
+def test_download_begins_again_where_the_server_cannot_go_on(
+    mirror: Mirror, server: Server
+) -> None:
+    server.resumes = False
+    mirror.program("sleep", "")
+    mirror.part.parent.mkdir(parents=True)
+    mirror.part.write_bytes(mirror.archives[ZIPS["val"]][:1500])
+
+    done = mirror.run("download_coco.sh", "--only", "val")
+
+    assert done.returncode == 0, done.stderr
+    assert server.ranges == ["bytes=1500-", None]
+    assert mirror.present() == FILES["val"]
+
+
+@pytest.mark.parametrize("damage", ["the mirror", "the partial file"])
+def test_download_unpacks_nothing_of_a_wrong_checksum(mirror: Mirror, damage: str) -> None:
+    path = mirror.folder / "mirror" / ZIPS["val"]
+    good = path.read_bytes()
+    if damage == "the mirror":
+        # A picture of it differs, and the archive is a good one: only the checksum can tell.
+        with zipfile.ZipFile(path, "w") as file:
+            for number, (name, content) in enumerate(FILES["val"].items()):
+                file.writestr(name, content if number else content[::-1][1:] + b"?")
+        assert len(path.read_bytes()) == len(good)
+    else:
+        mirror.part.parent.mkdir(parents=True)
+        mirror.part.write_bytes(b"x" * 1000)
+
+    done = mirror.run("download_coco.sh", "--only", "val,train")
+
+    assert done.returncode == 3
+    assert len(error_lines(done)) == 1
+    assert hashlib.md5(good, usedforsecurity=False).hexdigest() in error_lines(done)[0]
+    assert mirror.present() == {}
+    path.write_bytes(good)
+    assert mirror.run("download_coco.sh", "--only", "val").returncode == 0
+    assert mirror.present() == FILES["val"]
+
+
+@pytest.mark.parametrize(
+    ("archive", "known"),
+    [
+        ("train", "cced6f7f71b7629ddf16f17bbcfab6b2"),
+        ("val", "442b8da7639aecaf257c1dceb8ba8c80"),
+        ("annotations", "f4bbac642086de4f52a3fdda2de5fa2c"),
+    ],
+)
+def test_download_expects_the_true_coco(mirror: Mirror, archive: str, known: str) -> None:
+    del mirror.environment["SEGTRAIN_COCO_MD5"]
+
+    done = mirror.run("download_coco.sh", "--only", archive)
+
+    assert done.returncode == 3
+    assert f"not {known};" in done.stderr
+
+
+def test_download_ends_with_its_child_on_sigterm(mirror: Mirror, server: Server) -> None:
+    server.serve, server.stalls = 20_000, True
+
+    process = mirror.start("download_coco.sh", "--only", "val")
+    wait_until(lambda: mirror.part.exists() and mirror.part.stat().st_size)
+    process.terminate()  # the script alone, not its group
+    process.communicate(timeout=10)
+
+    assert process.returncode == 143
+    assert group_is_gone(process.pid)
+    partial = mirror.part.read_bytes()
+    assert 0 < len(partial) <= 20_000
+    assert mirror.archives[ZIPS["val"]].startswith(partial)
+    assert mirror.present() == {}
+    server.serve, server.stalls = None, False
+    assert mirror.run("download_coco.sh", "--only", "val").returncode == 0
+    assert server.ranges == [None, f"bytes={len(partial)}-"]
+    assert mirror.present() == FILES["val"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("tool", ["md5sum", "unzip"])
+def test_download_can_be_stopped_later_too(
+    mirror: Mirror, tool: str, number: signal.Signals
+) -> None:
+    mirror.program(tool, "touch reached; exec sleep 30")
+
+    process = mirror.start("download_coco.sh", "--only", "val")
+    wait_until((mirror.folder / "reached").exists)
+    process.send_signal(number)
+    process.communicate(timeout=10)
+
+    assert process.returncode == 128 + number
+    assert group_is_gone(process.pid)
+    assert mirror.present() == {}
+    (mirror.bin / tool).unlink()
+    assert mirror.run("download_coco.sh", "--only", "val").returncode == 0
+    assert mirror.present() == FILES["val"]
+
+
+def test_download_keeps_what_lies_there(mirror: Mirror) -> None:
+    own = {"val2017/own.jpg": b"mine", "notes.txt": b"mine too", "val2017/1.jpg": b"\1" * 7000}
+    for name, content in own.items():
+        (mirror.coco / name).parent.mkdir(parents=True, exist_ok=True)
+        (mirror.coco / name).write_bytes(content)
+
+    done = mirror.run("download_coco.sh", "--only", "val")
+
+    assert done.returncode == 0, done.stderr
+    assert mirror.present() == FILES["val"] | own
+
+
+def test_download_does_not_overwrite_a_different_file(mirror: Mirror) -> None:
+    (mirror.coco / "val2017").mkdir(parents=True)
+    other = mirror.coco / "val2017" / "3.jpg"
+    other.write_bytes(b"cut off")
+
+    done = mirror.run("download_coco.sh", "--only", "val")
+
+    assert done.returncode == 2
+    assert error_lines(done) == done.stderr.splitlines()
+    assert "coco/val2017/3.jpg" in done.stderr
+    assert other.read_bytes() == b"cut off"
+    other.unlink()
+    assert mirror.run("download_coco.sh", "--only", "val").returncode == 0
+    assert mirror.present() == FILES["val"]
+
+
+@pytest.mark.parametrize(("free", "code"), [(60, 5), (75, 0)])
+def test_download_looks_at_the_space_before_it_begins(mirror: Mirror, free: int, code: int) -> None:
+    # An archive of 35 KB, and as much again unpacked.
+    assert 34 < len(mirror.archives[ZIPS["val"]]) / 1024 < 36
+    mirror.program("df", f"echo 'Filesystem blocks Used Available'; echo /dev/x 99 9 {free}")
+
+    done = mirror.run("download_coco.sh", "--only", "val")
+
+    assert done.returncode == code
+    assert len(error_lines(done)) == (code == 5)
+    assert bool(mirror.present()) is (code == 0)
+    assert not mirror.part.exists()
+
+
+def test_download_says_that_there_is_no_network(mirror: Mirror) -> None:
+    done = mirror.run("download_coco.sh", SEGTRAIN_COCO_URL="file:///nowhere")
+
+    assert done.returncode == 5
+    assert len(error_lines(done)) == 1
+    assert mirror.present() == {}
+
+
+def test_download_says_that_the_disk_is_full(mirror: Mirror) -> None:
+    mirror.program("unzip", "echo 'write error (disk full?)' >&2; exit 50")
+
+    done = mirror.run("download_coco.sh", "--only", "val")
+
+    assert done.returncode == 5
+    assert len(error_lines(done)) == 1
+    assert mirror.present() == {}
+
+
+def test_two_downloads_do_not_write_into_the_same_file(mirror: Mirror, server: Server) -> None:
+    server.stalls = True
+    first = mirror.start("download_coco.sh", "--only", "val")
+    wait_until(mirror.part.exists)
+
+    second = mirror.run("download_coco.sh", "--only", "val")
+
+    assert second.returncode == 2
+    assert len(error_lines(second)) == 1
+    assert len(server.ranges) == 1
+    first.terminate()
+    first.communicate(timeout=10)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--only"], ["--only", "test"], ["--only="], ["--only", "val,,train"], ["-x"], ["a", "b"]],
+)
+def test_download_explains_its_usage(mirror: Mirror, arguments: list[str]) -> None:
+    done = mirror.run("download_coco.sh", *arguments)
+
+    assert done.returncode == 2
+    assert error_lines(done) == done.stderr.splitlines()
+    assert "usage: scripts/download_coco.sh" in done.stderr
+    assert sorted(path.name for path in mirror.folder.iterdir()) == [
+        "bin",
+        "mirror",
+        "project",
+        "sums",
+    ]
