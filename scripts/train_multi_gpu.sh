@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this machine, a process for each; arguments go to `segtrain train`. Given
-# again after a stop, the same command goes on where it was. GPUS=2 takes only two of them.
+# again after a stop, the same command goes on where it was. GPUS=2 takes only two of them. Stopped
+# by SIGTERM it saves and ends with torchrun's exit code, 1; with one GPU with segtrain's own, 143.
 #   scripts/train_multi_gpu.sh --config configs/tiramisu_coco.yaml --data /data/coco --name week
 set -euo pipefail
 
@@ -16,7 +17,7 @@ count_gpus() {
     echo "$count"
   else
     # A GPU is a line; the parts that one is cut into follow it, indented.
-    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true
   fi
 }
 
