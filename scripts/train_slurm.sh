@@ -79,18 +79,28 @@ trap 'ended_by_slurm=1' TERM
 status=0
 "${step[@]}" "${launch[@]}" -m segtrain train "${resume[@]}" "${name[@]}" "$@" || status=$?
 
-# A warning ahead of the time limit goes to torchrun alone, so a SIGTERM here means that somebody
-# cancelled the job, or that Slurm has queued it again already.
-if [ "$status" -eq 0 ] || [ -n "$ended_by_slurm" ] || [ "$restarts" -ge "$chain" ]; then
+# A warning ahead of an end goes to torchrun alone. So a SIGTERM here means that somebody cancelled
+# the job, or that Slurm has queued it again already.
+if [ "$status" -eq 0 ] || [ -n "$ended_by_slurm" ]; then
   exit "$status"
 fi
-end=${SLURM_JOB_END_TIME:-} # Slurm before 22.05 does not tell
-if [ -z "$end" ]; then
-  end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) || exit "$status"
+shown=$(SLURM_TIME_FORMAT=standard scontrol show job "$SLURM_JOB_ID") || exit "$status"
+time_of() {
+  if [[ $shown =~ $1=([0-9][^[:space:]]*) ]]; then echo "${BASH_REMATCH[1]}"; fi
+}
+start=$(time_of StartTime)
+end=$(time_of EndTime)
+preempted=$(time_of PreemptTime)
+# Slurm queues again what it has to end itself, not what saves and ends within its time of grace.
+# The time of an earlier pre-emption may still stand there.
+if [[ -n $preempted && ! $preempted < $start ]]; then
+  echo 'pre-empted: queued again'
+  exec scontrol requeue "$SLURM_JOB_ID"
 fi
 # Slurm warns up to a minute before the 120 s; an error long before the end would only come again.
-if [ $((end - $(date +%s))) -gt 240 ]; then
-  exit "$status"
+if [ "$restarts" -lt "$chain" ] && [ -n "$end" ] &&
+  [ $(($(date -d "$end" +%s) - $(date +%s))) -le 240 ]; then
+  echo "time limit: queued again, restart $((restarts + 1)) of at most $chain"
+  exec scontrol requeue "$SLURM_JOB_ID"
 fi
-echo "time limit: queued again, restart $((restarts + 1)) of at most $chain"
-exec scontrol requeue "$SLURM_JOB_ID"
+exit "$status"
