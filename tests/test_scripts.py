@@ -845,9 +845,9 @@ def test_download_says_that_the_disk_is_full(mirror: Mirror) -> None:
 
 
 def test_two_downloads_do_not_write_into_the_same_file(mirror: Mirror, server: Server) -> None:
-    server.stalls = True
+    server.serve, server.stalls = [20_000], True
     first = mirror.start("download_coco.sh", "--only", "val")
-    wait_until(mirror.part.exists)
+    wait_until(lambda: mirror.part.exists() and mirror.part.stat().st_size)
 
     second = mirror.run("download_coco.sh", "--only", "val")
 
