@@ -4,8 +4,9 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from segtrain.cores import usable_cores
+from segtrain.data.borders import border_map
 from segtrain.data.sample import Sample, Source, tolerated
 from segtrain.data.selection import is_negative
 from segtrain.errors import DataError, ResourceError
@@ -31,9 +33,18 @@ class Batch(TypedDict):
 
     image: Tensor
     mask: Tensor
+    border: NotRequired[Tensor]
+    """N H W uint8, see `segtrain.data.borders`; only in training, and only if asked for."""
     image_id: list[str]
     damaged: list[str]
     """One message for each picture that could not be read and is not in the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bordered(Sample):
+    """A sample and its border map, H W uint8."""
+
+    border: Pixels
 
 
 # The sampler's keys carry the epoch, so that worker processes can live from epoch to epoch.
@@ -60,10 +71,16 @@ class Transform(Protocol):
 
 
 class TrainImages(Dataset[Item]):
-    """Augmented crops, picked by (epoch, index)."""
+    """Augmented crops, picked by (epoch, index).
 
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+    border_sigma: with it each crop has its `border_map`.
+    """
+
+    def __init__(
+        self, source: Source, transform: Transform, seed: int, border_sigma: float | None = None
+    ) -> None:
         self.source, self.transform, self.seed = source, transform, seed
+        self.border_sigma = border_sigma
         self._negatives = np.flatnonzero(is_negative(source.catalog))
 
     def __getitem__(self, key: Key) -> Item:
@@ -74,7 +91,13 @@ class TrainImages(Dataset[Item]):
         except DataError as error:
             return str(error)
         backdrop = partial(self._backdrop, short_side)
-        return self.transform(sample, seed=self.seed, epoch=epoch, index=index, backdrop=backdrop)
+        sample = self.transform(sample, seed=self.seed, epoch=epoch, index=index, backdrop=backdrop)
+        if self.border_sigma is None:
+            return sample
+        border = border_map(sample.mask, self.border_sigma)
+        return _Bordered(
+            image=sample.image, mask=sample.mask, image_id=sample.image_id, border=border
+        )
 
     def _backdrop(self, short_side: int, lot: int) -> Pixels | None:
         """A picture without people; None where there is none or it is damaged."""
@@ -244,17 +267,19 @@ def train_batches(
     weights: Sequence[float] | None = None,
     rank: int = 0,
     world_size: int = 1,
+    border_sigma: float | None = None,
 ) -> Batches:
     """Shuffled batches of transformed pictures, all of one size; the last one may be smaller.
 
     Args:
+        border_sigma: pixels; with it each batch has "border", see `segtrain.data.borders`.
         lengths, weights, rank, world_size: as in EpochSampler; one data set without them.
     """
     sampler = EpochSampler(
         lengths or [len(source)], seed, weights=weights, rank=rank, world_size=world_size
     )
     loader = DataLoader(
-        TrainImages(source, transform, seed),
+        TrainImages(source, transform, seed, border_sigma),
         batch_size=batch_size,
         sampler=sampler,
         **_loader_options(workers, pin_memory),
@@ -292,23 +317,28 @@ def resolve_workers(workers: int | Literal["auto"]) -> int:
 def collate(items: list[Item]) -> Batch:
     """Stack what could be read; a batch of nothing but damaged pictures is empty."""
     samples = [item for item in items if isinstance(item, Sample)]
+    borders = [sample.border for sample in samples if isinstance(sample, _Bordered)]
     image_shape = (len(samples), *(samples[0].image.shape if samples else (0, 0, 3)))
     mask_shape = (len(samples), *(samples[0].mask.shape if samples else (0, 0)))
-    # One piece of memory for both: what a worker hands over costs a connection a piece.
-    bytes_of_images = math.prod(image_shape)
-    memory = torch.empty(bytes_of_images + math.prod(mask_shape), dtype=torch.uint8)
-    image = memory[:bytes_of_images].view(image_shape)
-    mask = memory[bytes_of_images:].view(mask_shape)
+    # One piece of memory for all: what a worker hands over costs a connection a piece.
+    sizes = [math.prod(image_shape), *[math.prod(mask_shape)] * (2 if borders else 1)]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    image, mask, *border = torch.split(memory, sizes)
+    image, mask = image.view(image_shape), mask.view(mask_shape)
     if samples:
         np.stack([sample.image for sample in samples], out=image.numpy())
         np.stack([sample.mask for sample in samples], out=mask.numpy())
-    return Batch(
+    batch = Batch(
         # They lie as H W 3 and are only viewed as 3 H W: that is channels_last, for free.
         image=image.permute(0, 3, 1, 2),
         mask=mask,
         image_id=[s.image_id for s in samples],
         damaged=[item for item in items if isinstance(item, str)],
     )
+    if borders:
+        batch["border"] = border[0].view(mask_shape)
+        np.stack(borders, out=batch["border"].numpy())
+    return batch
 
 
 def _loader_options(workers: int, pin_memory: bool) -> dict[str, Any]:
