@@ -1,4 +1,4 @@
-"""The loss, the optimizer's step and one epoch, each written a second time in numpy or by hand."""
+"""The optimizer's step and one epoch, each written a second time in numpy or by hand."""
 
 import contextlib
 import math
@@ -15,71 +15,6 @@ from segtrain.models import build_model
 from segtrain.training.engine import train_one_epoch
 from segtrain.training.losses import cross_entropy
 from segtrain.training.optim import build_optimizer, learning_rate
-
-# --- The loss -----------------------------------------------------------------------------------
-
-
-def numpy_cross_entropy(logits: np.ndarray, mask: np.ndarray) -> float:
-    """-log softmax of the true class, mean over the pixels that are not 255."""
-    logits = logits.astype(np.float64)
-    log_sum = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
-    losses = [
-        log_sum[n, y, x] - logits[n, mask[n, y, x], y, x]
-        for n, y, x in np.ndindex(*mask.shape)
-        if mask[n, y, x] != 255
-    ]
-    return float(np.mean(losses))
-
-
-def random_logits_and_mask(num_classes: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(0, 4, (3, num_classes, 5, 7)).astype(np.float32)
-    mask = rng.choice([*range(num_classes), 255], (3, 5, 7)).astype(np.uint8)
-    return torch.from_numpy(logits), torch.from_numpy(mask)
-
-
-@pytest.mark.parametrize("num_classes", [2, 4])
-def test_cross_entropy_is_the_mean_over_counted_pixels(num_classes: int) -> None:
-    logits, mask = random_logits_and_mask(num_classes)
-    assert (mask == 255).any()
-    expected = numpy_cross_entropy(logits.numpy(), mask.numpy())
-    assert cross_entropy(logits, mask).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_ignored_pixels_have_no_gradient_and_no_weight() -> None:
-    logits, mask = random_logits_and_mask()
-    logits.requires_grad_()
-    cross_entropy(logits, mask).backward()
-    ignored = (mask == 255)[:, None].expand_as(logits)
-    assert logits.grad[ignored].abs().max() == 0
-    # d loss / d logits = (softmax - one hot) / number of counted pixels
-    one_hot = nn.functional.one_hot(mask.long().clamp(max=1), 2).permute(0, 3, 1, 2)
-    expected = (logits.detach().softmax(1) - one_hot) / (mask != 255).sum()
-    torch.testing.assert_close(logits.grad[~ignored], expected[~ignored])
-
-
-def test_nothing_but_ignored_pixels_gives_zero_and_zero_gradients() -> None:
-    logits = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    loss = cross_entropy(logits, torch.full((2, 3, 3), 255, dtype=torch.uint8))
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(logits.grad, torch.zeros_like(logits))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_are_summed_in_float32(dtype: torch.dtype) -> None:
-    """A sum of 200,000 pixels is beyond fp16's 65,504."""
-    logits = torch.zeros(1, 2, 400, 500, dtype=dtype)
-    mask = torch.zeros(1, 400, 500, dtype=torch.uint8)
-    loss = cross_entropy(logits, mask)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(math.log(2), rel=1e-5)
-
-
-def test_very_wrong_logits_give_a_finite_loss() -> None:
-    logits = torch.tensor([1e4, -1e4]).view(1, 2, 1, 1)
-    assert cross_entropy(logits, torch.ones(1, 1, 1, dtype=torch.uint8)).item() == 2e4
-
 
 # --- The learning rate --------------------------------------------------------------------------
 
