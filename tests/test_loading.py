@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from torch.utils.data import get_worker_info
 
 import segtrain
+from segtrain.data.borders import border_map
 from segtrain.data.coco import CocoPeople
 from segtrain.data.loading import (
     Backdrop,
@@ -113,6 +114,7 @@ def training(
     workers: int = 0,
     seed: int = 0,
     batch_size: int = 4,
+    border_sigma: float | None = None,
 ) -> Batches:
     return train_batches(
         source,
@@ -121,6 +123,7 @@ def training(
         workers=workers,
         seed=seed,
         pin_memory=False,
+        border_sigma=border_sigma,
     )
 
 
@@ -195,6 +198,54 @@ def test_a_picture_already_of_the_networks_size_is_evaluated_as_it_is() -> None:
     source = Pictures([(16, 20)])
     (batch,) = evaluation(source, image_size=16)
     assert np.array_equal(batch["image"][0].permute(1, 2, 0).numpy(), source.sample(0).image)
+
+
+# --------------------------------------------------------------------------- borders
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_with_a_sigma_each_crop_has_the_border_map_of_its_mask(workers: int) -> None:
+    """Of the mask after augmentation; and the rest of the batch stays as it is without."""
+    plain = list(training(Pictures(), workers=workers))
+    batches = list(training(Pictures(), workers=workers, border_sigma=5.0))
+
+    assert digest(batches) == digest(plain)
+    assert any(batch["border"].any() for batch in batches)
+    for batch in batches:
+        assert batch["border"].dtype == torch.uint8
+        assert batch["border"].shape == batch["mask"].shape
+        assert batch["border"].is_contiguous()
+        for mask, border in zip(batch["mask"], batch["border"], strict=True):
+            assert np.array_equal(border.numpy(), border_map(mask.numpy(), 5.0))
+
+
+def test_the_sigma_is_the_one_that_was_asked_for() -> None:
+    narrow, wide = (list(training(Pictures(), border_sigma=sigma)) for sigma in (1.0, 9.0))
+    assert sum(int(b["border"].sum()) for b in narrow) < sum(int(b["border"].sum()) for b in wide)
+
+
+def test_without_a_sigma_and_in_evaluation_there_is_no_border() -> None:
+    for batch in [*training(Pictures()), *evaluation(Pictures())]:
+        assert "border" not in batch
+
+
+@pytest.mark.parametrize("border_sigma", [None, 5.0])
+def test_a_batch_is_one_piece_of_memory(border_sigma: float | None) -> None:
+    """And has no byte that nobody needs."""
+    for batch in training(Pictures(), border_sigma=border_sigma):
+        tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+        assert len(tensors) == (2 if border_sigma is None else 3)
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+        size = tensors[0].untyped_storage().nbytes()
+        assert size == sum(tensor.numel() for tensor in tensors)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_has_no_border(workers: int) -> None:
+    loader = training(PicturesWithFaults({5}), workers=workers, border_sigma=5.0, batch_size=1)
+    batches = list(loader)
+    assert len(batches) == len(SIZES) - 1
+    assert all(batch["border"].shape == batch["mask"].shape for batch in batches)
 
 
 # --------------------------------------------------------------------------- the same draws
