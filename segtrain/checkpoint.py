@@ -66,8 +66,11 @@ class Checkpoint:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(path: Path, checkpoint: Checkpoint, *, keep_as: Path | None = None) -> None:
     """Write `checkpoint` so that a kill at any moment leaves the old file or the new one, whole.
+
+    Args:
+        keep_as: what stood at `path` before stays there, in the same folder.
 
     Raises:
         ResourceError: the disk is full or not writable; what stood at `path` is untouched.
@@ -90,7 +93,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     # Packed in memory first: torch turns the disk's own error into one of its archive.
     packed = io.BytesIO()
     torch.save(content, packed)
-    with atomic_write(path) as file:
+    with atomic_write(path, keep_as=keep_as, needs=packed.getbuffer().nbytes) as file:
         file.write(packed.getbuffer())
 
 

@@ -64,19 +64,30 @@ def train(
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images an optimizer step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of RMSProp.")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Images at once: a number, or auto: what the memory holds.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate after warm-up.")] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Side of the crops; short side in validation, pixels.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, tf32, bf16, fp16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     workers: Annotated[str | None, typer.Option(help="Loader processes: a number or auto.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of all runs.  [runs]")] = None,
     name: Annotated[str | None, typer.Option(help="Folder of this run inside it.")] = None,
     resume: Annotated[
         str | None,
-        typer.Option(help="A run folder or last.pt to continue, or auto: the latest if any."),
+        typer.Option(
+            help="A run folder or last.pt to continue, or auto: the run of --name, else the "
+            "latest, if any."
+        ),
+    ] = None,
+    save_every: Annotated[
+        str | None, typer.Option(help="Save within epochs, too: 10m, 1h.  [after each epoch]")
+    ] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard", help="Write TensorBoard's files, too.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Every random draw follows from it.")] = None,
     set_: Annotated[
@@ -85,7 +96,9 @@ def train(
     ] = None,
 ) -> None:
     """Train a network; ends with a run folder that holds its checkpoints, numbers and pictures."""
-    from segtrain.config import dump_yaml, load_config
+    from segtrain.config import load_config
+    from segtrain.locking import refuse_if_busy
+    from segtrain.runs import is_first_process, meant_folder
 
     flags: dict[str, Any] = {
         "model.name": model,
@@ -100,25 +113,19 @@ def train(
         "train.output": output,
         "train.name": name,
         "train.seed": seed,
+        "train.save_every": save_every,
+        "train.tensorboard": tensorboard,
     }
-    load_config(config, flags=flags, sets=set_ or [])  # mistakes show before torch is imported
+    asked = load_config(config, flags=flags, sets=set_ or [])
+    # Mistakes and a run that is going on show before torch is imported.
+    if is_first_process():
+        folder = meant_folder(resume, Path(asked.train.output), asked.train.name)
+        if folder is not None:
+            refuse_if_busy(folder)
     _say_loading()
-    from segtrain.training.fit import fit
-    from segtrain.training.logs import RunLog
-    from segtrain.training.start import prepare_start
+    from segtrain.training.command import train as train_run
 
-    start = prepare_start(config, flags=flags, sets=set_ or [], resume=resume)
-    log = RunLog(start.run.log)
-    for note in start.notes:
-        log.line(note)
-    log.line(f"run: {start.run.path}, configuration:")
-    log.line(dump_yaml(start.config).rstrip())
-    result = fit(start, log)
-    log.line(
-        f"best person IoU {result.best_iou:.4f} in epoch {result.best_epoch} of "
-        f"{result.num_epochs}; look at {start.run.curves} and {start.run.path / 'samples'}"
-    )
-    log.line(f"next: segtrain eval --checkpoint {start.run.path}")
+    train_run(config, flags=flags, sets=set_ or [], resume=resume)
 
 
 @app.command("eval")

@@ -85,6 +85,8 @@ class DataConfig:
             raise ValueError(
                 f"data.person_area must be two shares with 0 <= a <= b <= 1: {self.person_area}"
             )
+        if self.whole and self.augment == "strong":
+            raise ValueError("data.whole goes with data.augment paper or standard, not strong")
         num_roots = len(self.root) if isinstance(self.root, tuple) else 1
         if self.weights is not None and len(self.weights) != num_roots:
             raise ValueError("data.weights must have a number for each root")

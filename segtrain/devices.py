@@ -17,14 +17,19 @@ ResolvedPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     """auto: the first CUDA device, else the CPU.
+
+    Args:
+        local_rank: of several processes on this machine each takes the CUDA device of its number.
 
     Raises:
         UsageError: a device is named that is not there. It is never replaced silently.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -72,9 +77,9 @@ def set_float32_arithmetic(precision: ResolvedPrecision) -> None:
 
     torch's own default rounds convolutions so, whatever the precision is called.
     """
-    chosen = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = chosen  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = chosen
+    # torch's newer switches, an operation each, make its exporter's look at these raise.
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
 def move_model(model: nn.Module, device: torch.device) -> None:

@@ -10,7 +10,9 @@ from segtrain.errors import ResourceError
 
 
 @contextmanager
-def atomic_write(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(
+    path: Path, *, durable: bool = True, keep_as: Path | None = None, needs: int | None = None
+) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; when the block ends well it takes `path`'s place.
 
     The bytes are on the disk before the name is: flushed, synced, then renamed. If the block
@@ -19,6 +21,8 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     Args:
         durable: False leaves it to the system when the bytes reach the disk: after a power cut the
             file may be empty. For thousands of files, whose writer syncs once and checks them.
+        keep_as: what stood at `path` before goes here; at every moment one of the two is there.
+        needs: bytes that will be written, for the message when there is no room.
 
     Raises:
         ResourceError: the folder cannot be made or written, or the disk is full.
@@ -31,16 +35,40 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            _keep(path, keep_as)
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or str(error)
+        room = f" {needs / 1e6:.1f} MB" if needs is not None else " some space"
         raise ResourceError(
-            f"cannot write {path}: {reason}; free some space or choose another folder"
+            f"cannot write {path}: {reason}; free{room} or choose another folder"
         ) from error
     finally:
         # Where the folder is missing or a file there is nothing to remove and nothing to add.
         with suppress(OSError):
             temporary.unlink()
+
+
+def _keep(path: Path, keep_as: Path) -> None:
+    """Give a file a second name, in the place of whoever had that name."""
+    link = keep_as.with_name(f".{keep_as.name}.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        link.hardlink_to(path)
+    except OSError:
+        path.replace(keep_as)  # a file system without links: for a moment only this name is there
+    else:
+        link.replace(keep_as)
+
+
+def sweep(folder: Path) -> int:
+    """Remove the temporary files that killed writers left in `folder`; returns how many."""
+    left = [path for path in folder.rglob(".*.tmp") if path.is_file() or path.is_symlink()]
+    for path in left:
+        with suppress(OSError):
+            path.unlink()
+    return len(left)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -1,6 +1,8 @@
 """One progress bar for everything that takes longer than two seconds."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -33,19 +35,46 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         return super().update(n)
 
 
-def progress_bar(*, total: int, desc: str, unit: str = "image") -> "tqdm[Any]":
+_silent = False
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Within, nothing is shown: of several processes one talks."""
+    global _silent
+    _silent = True
+    try:
+        yield
+    finally:
+        _silent = False
+
+
+def progress_bar(
+    *, total: int, desc: str, unit: str = "image", initial: int = 0, listens: bool = True
+) -> "tqdm[Any]":
     """A bar on stderr that goes away when done; where stderr is no terminal, a line now and then.
 
     Use it as a context manager and call `update(n)`.
 
+    Args:
+        initial: what of `total` was done before.
+        listens: False leaves it to the caller to look for signals.
+
     Raises:
         Stopped: a signal has come; `update` raises it, too.
     """
-    check()
+    bar: type[tqdm[Any]] = _Bar if listens else tqdm
+    if listens:
+        check()
+    if _silent:
+        return bar(total=total, disable=True)
     if sys.stderr.isatty():
-        return _Bar(total=total, desc=desc, unit=unit, leave=False, dynamic_ncols=True)
-    return _Bar(
+        return bar(
+            total=total, desc=desc, unit=unit, initial=initial, leave=False, dynamic_ncols=True
+        )
+    return bar(
         total=total,
+        initial=initial,
         desc=desc,
         unit=unit,
         leave=False,

@@ -37,8 +37,17 @@ class RunFolder:
         return self.path / "checkpoints" / "last.pt"
 
     @property
+    def previous(self) -> Path:
+        """What `last` was before."""
+        return self.path / "checkpoints" / "previous.pt"
+
+    @property
     def best(self) -> Path:
         return self.path / "checkpoints" / "best.pt"
+
+    def has_saved(self) -> bool:
+        """Whether there is anything to continue from."""
+        return self.last.exists() or self.previous.exists()
 
     def samples(self, epoch: int) -> Path:
         return self.path / "samples" / f"epoch_{epoch:04d}.jpg"
@@ -67,7 +76,7 @@ def create_run(
             run.path.mkdir(parents=True)
             return run
         except FileExistsError:
-            if begin_again and run.path.is_dir() and not run.last.exists():
+            if begin_again and run.path.is_dir() and not run.has_saved():
                 return run
             if given:
                 raise UsageError(
@@ -122,22 +131,39 @@ def find_checkpoint(given: Path | None) -> tuple[Path, str]:
     return path, chosen_by
 
 
-def find_last(resume: str, output: Path, name: str | None) -> Path | None:
-    """The checkpoint that `--resume` means; None where `auto` finds nothing to continue.
+def find_resumable(resume: str, output: Path, name: str | None) -> list[Path]:
+    """The checkpoints that `--resume` means, the newest first; none where `auto` finds nothing.
 
-    auto: the run called `name` if one is given, else the latest run in `output`.
+    auto: those of the run called `name` if one is given, else of the latest run in `output`. A
+    folder stands for its last.pt and, should that be gone, its previous.pt.
 
     Raises:
         CheckpointError: a path is given and no checkpoint is there.
     """
     if resume == "auto":
-        last = RunFolder((output / (name or "latest")).resolve()).last
-        return last if last.is_file() else None
+        run = RunFolder((output / (name or "latest")).resolve())
+        return [path for path in (run.last, run.previous) if path.is_file()]
     path = Path(resume).resolve()
     if path.is_dir():
-        path = RunFolder(path).last
+        run = RunFolder(path)
+        path = run.last if run.last.is_file() or not run.previous.is_file() else run.previous
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}; --resume auto would start afresh")
     if path.parent.name != "checkpoints":
         raise CheckpointError(f"{path} is in no run folder; give the folder, e.g. runs/latest")
-    return path
+    return [path]
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of torchrun's processes that holds the run folder, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def meant_folder(resume: str | None, output: Path, name: str | None) -> Path | None:
+    """The run folder that a training would work in, as far as it can be known beforehand."""
+    if resume not in {None, "auto"}:
+        path = Path(str(resume)).resolve()
+        return path if path.is_dir() else path.parent.parent
+    if name is None and resume is None:
+        return None
+    return (output / (name or "latest")).resolve()

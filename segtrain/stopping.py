@@ -1,4 +1,4 @@
-"""Being asked to stop, by Ctrl-C or SIGTERM, without being torn apart.
+"""Being asked to stop, by Ctrl-C, SIGTERM or SIGUSR1, without being torn apart.
 
 An exception raised by a signal handler comes out of whatever the process is doing: in the middle of
 a save, or of C code that calls back into Python and aborts the process. So a signal only leaves a
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGUSR1 is what schedulers send some time before they take the machine away.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 _received: list[signal.Signals] = []
 _raise_at_once = False
@@ -20,14 +21,17 @@ _raise_at_once = False
 class Stopped(Exception):  # noqa: N818, it is no error
     """The job was asked to stop and does so, with everything whole that it has written."""
 
-    def __init__(self, received: signal.Signals) -> None:
-        super().__init__(f"stopped by {received.name}; what was saved before stays")
+    def __init__(
+        self, received: signal.Signals, what_stays: str = "what was saved before stays"
+    ) -> None:
+        super().__init__(f"stopped by {received.name}; {what_stays}")
+        self.received = received
         self.exit_code = _exit_code(received)
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Within, SIGINT and SIGTERM are noted for `check`; the third ends the process at once."""
+    """Within, SIGINT, SIGTERM and SIGUSR1 are noted for `check`; the third ends it all at once."""
     _received.clear()
     before = {number: signal.signal(number, _note) for number in _SIGNALS}
     try:
@@ -41,6 +45,16 @@ def check() -> None:
     """Call it where stopping is safe. Raises Stopped if a signal has come."""
     if _received:
         raise Stopped(_received[0])
+
+
+def requested() -> bool:
+    """Whether a signal has come."""
+    return bool(_received)
+
+
+def signal_received() -> signal.Signals:
+    """The first one; SIGTERM where it came to another process of the job."""
+    return _received[0] if _received else signal.SIGTERM
 
 
 @contextmanager
@@ -72,4 +86,5 @@ def _tell(line: str) -> None:
 
 
 def _exit_code(received: signal.Signals) -> int:
-    return 128 + received
+    # Whoever is asked by SIGUSR1 has been pre-empted as by SIGTERM.
+    return 128 + (signal.SIGTERM if received == signal.SIGUSR1 else received)

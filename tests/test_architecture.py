@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "segtrain"
 STOREYS = [
     {"__init__", "errors", "classes", "stopping", "cores"},
     {"config", "files", "progress"},
-    {"images", "devices", "runs", "locking"},
+    {"images", "devices", "runs", "locking", "distributed", "pieces"},
     {"data", "models", "overview"},
     {"checkpoint"},
     {"evaluation"},
@@ -79,7 +79,13 @@ def test_config_knows_no_torch() -> None:
 
 
 def test_engine_sees_no_config_no_files_no_loggers() -> None:
-    assert imported_rooms(PACKAGE / "training" / "engine.py") <= {"devices"}
+    path = PACKAGE / "training" / "engine.py"
+
+    assert imported_rooms(path) <= {"classes", "devices", "pieces", "training"}
+    assert {name for name in imported_modules(path) if name.startswith("segtrain.training")} <= {
+        "segtrain.training.losses",
+        "segtrain.training.losses.LossFn",
+    }
 
 
 def test_there_is_no_utils_and_no_star_import() -> None:

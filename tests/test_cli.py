@@ -13,6 +13,7 @@ import torch
 from conftest import TOY_TRAINING, Command
 
 from segtrain import __version__
+from segtrain.checkpoint import load_checkpoint
 from segtrain.cli import _one_line
 
 USAGE, DATA, CHECKPOINT, RESOURCE, DIVERGED = 2, 3, 4, 5, 6
@@ -145,7 +146,7 @@ def test_an_existing_run_is_kept(segtrain: Command, toy_coco: Path, trained_run:
 
 
 def test_a_diverged_run_ends_with_6_and_keeps_no_broken_checkpoint(
-    segtrain: Command, toy_coco: Path, tmp_path: Path
+    segtrain: Command, toy_coco: Path
 ) -> None:
     finished = segtrain(
         *("train", "--data", toy_coco, "--name", "wild", "--epochs", "3", *TOY_TRAINING),
@@ -155,7 +156,9 @@ def test_a_diverged_run_ends_with_6_and_keeps_no_broken_checkpoint(
     assert finished.code == DIVERGED
     [line] = finished.error_lines
     assert "--lr" in line
-    assert not (tmp_path / "runs" / "wild" / "checkpoints" / "last.pt").exists()
+    assert "learning rate times 0.5" in finished.err
+    assert finished.err.count("back to the state") == 1
+    load_checkpoint(Path("runs/wild/checkpoints/last.pt"))
 
 
 def test_a_long_message_loses_its_middle_not_its_remedy() -> None:

@@ -126,5 +126,5 @@ def test_resuming_on_other_pictures_is_said(segtrain: Command, two_roots: tuple[
     other = segtrain("train", "--resume", "runs/x", "--epochs", "3", "--data", two_roots[1])
 
     assert same.code == other.code == 0
-    assert "are not those that the run began with" not in same.out
-    assert "are not those that the run began with" in other.out
+    assert "are not those that the run began with" not in same.err
+    assert "are not those that the run began with" in other.err

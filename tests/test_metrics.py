@@ -180,7 +180,12 @@ def test_counts_go_on_beyond_two_to_the_31() -> None:
     ],
 )
 def test_formulas_by_hand(counts: list[list[int]], expected: dict[str, float]) -> None:
-    assert vars(metrics_from_counts(counts)) == pytest.approx(expected, abs=1e-15)
+    metrics = vars(metrics_from_counts(counts))
+    shares = {"predicted_share": metrics.pop("predicted_share")}
+
+    assert metrics == pytest.approx(expected, abs=1e-15)
+    total = np.sum(counts)
+    assert shares["predicted_share"] == pytest.approx(np.sum(counts, axis=0)[1] / max(total, 1))
 
 
 @pytest.mark.parametrize("seed", range(5))

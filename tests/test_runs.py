@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from segtrain.errors import CheckpointError, ResourceError, UsageError
-from segtrain.runs import RunFolder, create_run, find_checkpoint, find_last, point_latest_at
+from segtrain.runs import (
+    RunFolder,
+    create_run,
+    find_checkpoint,
+    find_resumable,
+    meant_folder,
+    point_latest_at,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -206,33 +213,44 @@ def test_auto_takes_the_named_run_else_the_latest() -> None:
     old = trained("old")
     trained("new")
     trained("aside", output="other")
-    assert find_last("auto", Path("runs"), "old") == old.last.resolve()
-    newest = find_last("auto", Path("runs"), None)
-    assert newest is not None
+    assert find_resumable("auto", Path("runs"), "old") == [old.last.resolve()]
+    [newest] = find_resumable("auto", Path("runs"), None)
     assert newest.read_text() == "new/last.pt"
     assert newest.parts[-3] == "new"  # not `latest`, which may move on
-    elsewhere = find_last("auto", Path("other"), None)
-    assert elsewhere is not None
+    [elsewhere] = find_resumable("auto", Path("other"), None)
     assert elsewhere.read_text() == "aside/last.pt"
 
 
+def test_auto_has_the_previous_one_in_reserve() -> None:
+    run = trained("one")
+    run.previous.write_text("")
+    assert find_resumable("auto", Path("runs"), None) == [
+        run.last.resolve(),
+        run.previous.resolve(),
+    ]
+    run.last.unlink()
+    assert find_resumable("auto", Path("runs"), None) == [run.previous.resolve()]
+    assert find_resumable("runs/one", Path("runs"), None) == [run.previous.resolve()]
+
+
 def test_auto_finds_nothing_where_nothing_is() -> None:
-    assert find_last("auto", Path("runs"), None) is None
+    assert find_resumable("auto", Path("runs"), None) == []
     create_run(Path("runs"), "begun", "unet")
-    assert find_last("auto", Path("runs"), "begun") is None
+    assert find_resumable("auto", Path("runs"), "begun") == []
     trained("new")
-    assert find_last("auto", Path("runs"), "unheard-of") is None
+    assert find_resumable("auto", Path("runs"), "unheard-of") == []
 
 
 def test_a_run_folder_stands_for_its_last_checkpoint() -> None:
     run = trained("one")
+    run.previous.write_text("")
     for given in ("runs/one", "runs/latest", "runs/one/checkpoints/last.pt"):
-        assert find_last(given, Path("elsewhere"), None) == run.last.resolve()
+        assert find_resumable(given, Path("elsewhere"), None) == [run.last.resolve()]
 
 
 def test_any_checkpoint_of_a_run_can_be_resumed_from() -> None:
     run = trained("one")
-    assert find_last(str(run.best), Path("runs"), None) == run.best.resolve()
+    assert find_resumable(str(run.best), Path("runs"), None) == [run.best.resolve()]
 
 
 @pytest.mark.parametrize("given", ["missing.pt", "runs/missing", "runs/begun", "runs"])
@@ -240,10 +258,30 @@ def test_a_path_with_no_checkpoint_is_an_error_and_no_fresh_start(given: str) ->
     trained("one")
     create_run(Path("runs"), "begun", "unet")
     with pytest.raises(CheckpointError, match=given.split("/")[-1]):
-        find_last(given, Path("runs"), None)
+        find_resumable(given, Path("runs"), None)
 
 
 def test_a_checkpoint_outside_a_run_folder_cannot_be_resumed() -> None:
     Path("alone.pt").write_text("")
     with pytest.raises(CheckpointError, match="run folder"):
-        find_last("alone.pt", Path("runs"), None)
+        find_resumable("alone.pt", Path("runs"), None)
+
+
+@pytest.mark.parametrize(
+    ("resume", "name", "folder"),
+    [
+        (None, None, None),  # a new folder, called after the time
+        (None, "mine", "runs/mine"),
+        ("auto", "mine", "runs/mine"),
+        ("auto", None, "runs/one"),
+        ("runs/one", None, "runs/one"),
+        ("runs/latest", None, "runs/one"),
+        ("runs/one/checkpoints/last.pt", "other", "runs/one"),
+    ],
+)
+def test_the_folder_that_a_training_means(
+    resume: str | None, name: str | None, folder: str | None
+) -> None:
+    trained("one")
+    meant = meant_folder(resume, Path("runs"), name)
+    assert meant == (Path(folder).resolve() if folder else None)

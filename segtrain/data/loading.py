@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from segtrain.classes import IGNORE
 from segtrain.cores import usable_cores
 from segtrain.data.borders import border_map
 from segtrain.data.sample import Sample, Source, tolerated
@@ -35,9 +36,14 @@ class Batch(TypedDict):
     mask: Tensor
     border: NotRequired[Tensor]
     """N H W uint8, see `segtrain.data.borders`; only in training, and only if asked for."""
+    size: list[tuple[int, int]]
+    """h, w of each picture in the upper left of its image, where they differ; the rest is padding
+    that the mask ignores."""
     image_id: list[str]
     damaged: list[str]
     """One message for each picture that could not be read and is not in the batch."""
+    num_drawn: NotRequired[int]
+    """Pictures of the epoch that were drawn until now, damaged ones and this batch's included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +153,7 @@ class EpochSampler(Sampler[Key]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.lengths, self.seed, self.epoch = list(lengths), seed, 0
+        self.lengths, self.seed, self.epoch, self.num_done = list(lengths), seed, 0, 0
         self.rank, self.world_size = rank, world_size
         total = sum(lengths)
         shares = np.array(lengths if weights is None else weights, dtype=np.float64)
@@ -167,11 +173,17 @@ class EpochSampler(Sampler[Key]):
         )
         if len(self.lengths) > 1:
             rng.shuffle(order)
-        order = np.resize(order, len(self) * self.world_size)
-        yield from ((self.epoch, int(index)) for index in order[self.rank :: self.world_size])
+        order = np.resize(order, self.num_in_all * self.world_size)
+        mine = order[self.rank :: self.world_size][self.num_done :]
+        yield from ((self.epoch, int(index)) for index in mine)
+
+    @property
+    def num_in_all(self) -> int:
+        """Pictures of an epoch that this process takes."""
+        return -(-sum(self.lengths) // self.world_size)
 
     def __len__(self) -> int:
-        return -(-sum(self.lengths) // self.world_size)
+        return self.num_in_all - self.num_done
 
 
 class SameSizeBatches(Sampler[list[int]]):
@@ -225,26 +237,44 @@ class Batches:
 
     Iterating raises DataError once more than 1 % of the data set is damaged, naming the last file,
     and ResourceError when a worker process dies or gives no batch for two minutes.
+
+    Args:
+        never_empty: a batch of nothing but damaged pictures is not left out but holds one that is
+            ignored: of several processes all must take every step.
     """
 
-    def __init__(self, loader: "DataLoader[Item]", num_images: int) -> None:
-        self.loader, self.num_images = loader, num_images
+    def __init__(
+        self, loader: "DataLoader[Item]", num_images: int, *, never_empty: bool = False
+    ) -> None:
+        self.loader, self.num_images, self.epoch = loader, num_images, 0
+        self.never_empty = never_empty
         self.damaged: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
+        sampler = self.loader.sampler
+        num_drawn = sampler.num_done if isinstance(sampler, EpochSampler) else 0
         with worker_errors():
             for batch in self.loader:
                 self._count(batch["damaged"])
-                if batch["image_id"]:
+                num_drawn += len(batch["image_id"]) + len(batch["damaged"])
+                batch["num_drawn"] = num_drawn
+                if len(batch["image"]):
                     yield batch
+                elif self.never_empty:
+                    yield {**batch, **_ignored_picture()}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation and the draws of the next pass over training images."""
+    def set_epoch(self, epoch: int, *, num_done: int = 0) -> None:
+        """Choose the permutation and the draws of the next pass over training images.
+
+        Args:
+            num_done: the first pictures of it are left out, for they have been seen.
+        """
+        self.epoch = epoch
         if isinstance(self.loader.sampler, EpochSampler):
-            self.loader.sampler.epoch = epoch
+            self.loader.sampler.epoch, self.loader.sampler.num_done = epoch, num_done
 
     def _count(self, messages: list[str]) -> None:
         self.damaged.update(messages)
@@ -284,7 +314,7 @@ def train_batches(
         sampler=sampler,
         **_loader_options(workers, pin_memory),
     )
-    return Batches(loader, len(sampler))
+    return Batches(loader, sampler.num_in_all, never_empty=world_size > 1)
 
 
 def eval_batches(
@@ -318,27 +348,50 @@ def collate(items: list[Item]) -> Batch:
     """Stack what could be read; a batch of nothing but damaged pictures is empty."""
     samples = [item for item in items if isinstance(item, Sample)]
     borders = [sample.border for sample in samples if isinstance(sample, _Bordered)]
-    image_shape = (len(samples), *(samples[0].image.shape if samples else (0, 0, 3)))
-    mask_shape = (len(samples), *(samples[0].mask.shape if samples else (0, 0)))
+    sizes = [sample.image.shape[:2] for sample in samples]
+    image_shape = (len(samples), *_largest(sizes), 3)
+    mask_shape = (len(samples), *_largest([sample.mask.shape for sample in samples]))
     # One piece of memory for all: what a worker hands over costs a connection a piece.
-    sizes = [math.prod(image_shape), *[math.prod(mask_shape)] * (2 if borders else 1)]
-    memory = torch.empty(sum(sizes), dtype=torch.uint8)
-    image, mask, *border = torch.split(memory, sizes)
+    bytes_of = [math.prod(image_shape), *[math.prod(mask_shape)] * (2 if borders else 1)]
+    memory = torch.empty(sum(bytes_of), dtype=torch.uint8)
+    image, mask, *border = torch.split(memory, bytes_of)
     image, mask = image.view(image_shape), mask.view(mask_shape)
-    if samples:
-        np.stack([sample.image for sample in samples], out=image.numpy())
-        np.stack([sample.mask for sample in samples], out=mask.numpy())
+    padded = len(set(sizes)) > 1
+    _fill(image, [sample.image for sample in samples], 0 if padded else None)
+    _fill(mask, [sample.mask for sample in samples], IGNORE if padded else None)
     batch = Batch(
         # They lie as H W 3 and are only viewed as 3 H W: that is channels_last, for free.
         image=image.permute(0, 3, 1, 2),
         mask=mask,
+        size=sizes,
         image_id=[s.image_id for s in samples],
         damaged=[item for item in items if isinstance(item, str)],
     )
     if borders:
         batch["border"] = border[0].view(mask_shape)
-        np.stack(borders, out=batch["border"].numpy())
+        _fill(batch["border"], borders, 0 if padded else None)
     return batch
+
+
+def _ignored_picture() -> Batch:
+    side = (64, 64)
+    blank, ignored = np.zeros((*side, 3), np.uint8), np.full(side, IGNORE, np.uint8)
+    border = np.zeros(side, np.uint8)
+    return collate([_Bordered(image=blank, mask=ignored, border=border, image_id="")])
+
+
+def _fill(stack: Tensor, pictures: Sequence[Pixels], padding: int | None) -> None:
+    """Write each picture into the upper left of its place."""
+    if padding is not None:
+        stack.fill_(padding)
+    for place, picture in zip(stack.numpy(), pictures, strict=True):
+        place[: picture.shape[0], : picture.shape[1]] = picture
+
+
+def _largest(sizes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+    """Height and width that all fit into."""
+    heights, widths = zip(*sizes, strict=True) if sizes else ((0,), (0,))
+    return max(heights), max(widths)
 
 
 def _loader_options(workers: int, pin_memory: bool) -> dict[str, Any]:

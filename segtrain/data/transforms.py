@@ -20,6 +20,7 @@ import numpy as np
 from albumentations.augmentations.geometric.distortion import BaseDistortion
 
 from segtrain.classes import BACKGROUND, IGNORE, PERSON
+from segtrain.config import DataConfig
 from segtrain.data.sample import Sample
 from segtrain.images import Pixels, resize_image
 
@@ -161,6 +162,8 @@ class TrainTransform:
         image_size: side of the crop, pixels.
         augment: a key of PRESETS.
         scale: range of the short side before the crop, in crops; None takes the preset's own.
+        whole: no crop; without a `scale` the short side is `image_size`. Not with strong, whose
+            crops belong to it.
     """
 
     def __init__(
@@ -168,10 +171,12 @@ class TrainTransform:
         image_size: int,
         augment: Augment = "paper",
         scale: tuple[float, float] | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
-        self.image_size = image_size
+        self.image_size, self.whole = image_size, whole
         self._preset = PRESETS[augment](image_size)
-        self.scale = scale or self._preset.scale
+        self.scale = scale or ((1.0, 1.0) if whole else self._preset.scale)
         self._geometry = A.Compose(self._preset.geometry)
         self._pixels = A.Compose(self._preset.pixels) if self._preset.pixels else None
 
@@ -192,14 +197,16 @@ class TrainTransform:
     ) -> Sample:
         """A scaled picture of any H W → image_size image_size, both uint8, in memory of their own.
 
-        Beyond the picture the image has one colour and the mask says ignore. `sample` stays as it
-        is.
+        With `whole` it keeps its H W. Beyond the picture the image has one colour and the mask says
+        ignore. `sample` stays as it is.
 
         Args:
             backdrop: gives a picture without people for any number, or None where there is none.
         """
         _, top, left, geometry_seed, paste, place, pixel_seed = _lots(seed, epoch, index)
-        image, mask = self._cropped(sample, top, left)
+        image, mask = sample.image, sample.mask
+        if not self.whole:
+            image, mask = self._cropped(sample, top, left)
         image, mask = _applied(self._geometry, geometry_seed, image, mask)
         if backdrop is not None and paste < self._preset.paste * 2**32 and (mask == PERSON).any():
             behind = backdrop(place)
@@ -221,6 +228,11 @@ class TrainTransform:
         side = self.image_size + 2 * margin
         image = _square(sample.image, top, left, side, _FILL)
         return image, _square(sample.mask, top, left, side, (IGNORE,))
+
+
+def train_transform(config: DataConfig) -> TrainTransform:
+    """The configured transform of training pictures."""
+    return TrainTransform(config.image_size, config.augment, config.scale, whole=config.whole)
 
 
 def _lots(seed: int, epoch: int, index: int) -> list[int]:

@@ -26,7 +26,7 @@ from segtrain.evaluation.metrics import ConfusionMatrix
 from segtrain.images import resize_image
 from segtrain.models import build_model
 from segtrain.progress import progress_bar
-from segtrain.training.engine import train_one_epoch
+from segtrain.training.engine import Tally, training_steps
 from segtrain.training.losses import cross_entropy
 
 NUM_PICTURES = 4
@@ -75,14 +75,14 @@ def learn_by_heart(pictures: Pictures, device: torch.device) -> Learnt | None:
         torch.manual_seed(0)
         model = build_model("unet", base_channels=8, depth=4)
         move_model(model, device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         batch, num_steps, person_iou = collate(list(samples)), 0, 0.0
         while num_steps < _ROUNDS * _STEPS_A_ROUND and person_iou < _STOP_AT:
             # Where others use the processor a single round may take longer than all should.
             batches = takewhile(
                 lambda _: time.perf_counter() < ending, repeat(batch, _STEPS_A_ROUND)
             )
-            num_steps = _learn(model, optimizer, batches, device, num_steps)
+            num_steps += _learn(model, optimizer, batches, device)
             person_iou = _person_iou(model, batch, device)
             bar.update()
             if time.perf_counter() >= ending:
@@ -162,21 +162,22 @@ def _learn(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Batch],
     device: torch.device,
-    num_steps: int,
 ) -> int:
-    """One round; returns the new number of steps."""
-    _, num_steps = train_one_epoch(
+    """One round; returns the number of steps taken."""
+    model.train()
+    steps = training_steps(
         model,
         batches,
+        Tally(device),
         loss_fn=cross_entropy,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=False),
         autocast=autocast_for("fp32", device),
         device=device,
-        learning_rate=lambda step: _LEARNING_RATE,
-        global_step=num_steps,
+        before_step=lambda: _LEARNING_RATE,
+        images_at_once=NUM_PICTURES,
     )
-    return num_steps
+    return sum(1 for _ in steps)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from segtrain.data import Pictures
 from segtrain.data.loading import TrainImages
 from segtrain.data.sample import Sample
 from segtrain.data.selection import is_negative
-from segtrain.data.transforms import TrainTransform
+from segtrain.data.transforms import train_transform
 from segtrain.doctor.inspection import Split
 from segtrain.errors import DataError
 from segtrain.files import write_bytes
@@ -67,8 +67,7 @@ def write_augmentations(path: Path, pictures: Pictures, config: DataConfig) -> N
     Raises:
         ResourceError: it cannot be written.
     """
-    transform = TrainTransform(config.image_size, config.augment, config.scale)
-    images = TrainImages(pictures, transform, seed=0)
+    images = TrainImages(pictures, train_transform(config), seed=0)
     cells = []
     chosen = _with_people(pictures, NUM_AUGMENTED + 2)
     if len(chosen) > NUM_AUGMENTED:

@@ -19,7 +19,7 @@ from segtrain.data.loading import (
     train_batches,
     worker_errors,
 )
-from segtrain.data.transforms import TrainTransform
+from segtrain.data.transforms import train_transform
 from segtrain.devices import autocast_for, describe_device, move_model, resolve_device
 from segtrain.errors import UsageError
 from segtrain.evaluation.evaluate import evaluate
@@ -176,7 +176,7 @@ def _recalibrate(
     """Measure batch norm's statistics anew, on training images as training shows them."""
     batches = train_batches(
         open_pictures(config.data, "train"),
-        TrainTransform(config.data.image_size, config.data.augment, config.data.scale),
+        train_transform(config.data),
         batch_size=config.train.images_at_once,
         seed=config.train.seed,
         **loading,

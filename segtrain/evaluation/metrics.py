@@ -53,6 +53,8 @@ class SegmentationMetrics:
     """2 intersection / (truth + prediction) of the person class; equals its F1."""
     pixel_accuracy: float
     """Share of pixels whose class is right."""
+    predicted_share: float
+    """Share of pixels that are called person."""
     all_person_iou: float
     """Person IoU of the trivial answer "everything is person"."""
     all_background_iou: float
@@ -71,6 +73,7 @@ def metrics_from_counts(counts: list[list[int]]) -> SegmentationMetrics:
         mean_iou=sum(ious) / len(ious),
         dice=_ratio(2 * counts[PERSON][PERSON], truth + predicted),
         pixel_accuracy=_ratio(correct, total),
+        predicted_share=predicted / total if total else 0.0,
         all_person_iou=_ratio(truth, total),
         all_background_iou=_ratio(0, truth),
     )

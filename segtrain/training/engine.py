@@ -1,58 +1,219 @@
-"""One epoch of training, as pure functions: no configuration, no files, no loggers."""
+"""Training steps as pure functions: no configuration, no files, no loggers.
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+Nothing here waits for the device. What a step found stays there in a `Tally` until somebody reads
+it, and a step whose gradients are not finite is left out by the optimizer's own kernel.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from segtrain.classes import IGNORE, PERSON
 from segtrain.devices import Autocast, prefetched
+from segtrain.pieces import pieces
+from segtrain.training.losses import LossFn
 
 
-def train_one_epoch(
-    model: nn.Module,
+class Step(NamedTuple):
+    """One optimizer step: images of it, and how many of the epoch have been drawn with it."""
+
+    num_images: int
+    num_drawn: int
+
+
+class Found(NamedTuple):
+    """What a tally has counted so far.
+
+    loss: mean over the images of steps that were taken.
+    person_iou: of the training pictures, as augmented, by the changing weights.
+    skipped: steps left out for a loss or gradient that is not finite.
+    skipped_in_a_row: the most of them without one good step between since the last look.
+    """
+
+    loss: float
+    person_iou: float
+    skipped: int
+    skipped_in_a_row: int
+
+
+class Tally:
+    """Counts of an epoch, on the device, as float64: sums of 2^53 pixels are exact.
+
+    Args:
+        sums: as `sums` of an earlier tally that this one goes on with.
+    """
+
+    # Loss times images, images of steps taken, intersection, union, steps left out, of these in a
+    # row now, and the most in a row since the last `read`.
+
+    def __init__(self, device: torch.device, sums: list[float] | None = None) -> None:
+        self.sums = torch.tensor(sums or [0.0] * 7, dtype=torch.float64, device=device)
+        self.num_images = 0
+        self.seconds_waited = 0.0
+
+    def add(self, loss: Tensor, num_images: int, overlap: Tensor, finite: Tensor) -> None:
+        """One step: loss scalar, overlap (intersection, union), finite a scalar bool."""
+        good = finite.double()
+        row = (self.sums[5] + 1) * (1 - good)
+        images = good * num_images
+        self.sums[:5] += torch.stack(
+            [
+                torch.where(finite, loss.double() * num_images, 0),
+                images,
+                good * overlap[0],
+                good * overlap[1],
+                1 - good,
+            ]
+        )
+        self.sums[5] = row
+        self.sums[6] = torch.maximum(self.sums[6], row)
+        self.num_images += num_images
+
+    def read(self) -> Found:
+        """What was counted until now. Waits for the device."""
+        found = _found(self.sums)
+        self.sums[6] = self.sums[5]
+        return found
+
+    def of_next_epoch(self) -> "Tally":
+        """A fresh one that goes on counting steps left out in a row."""
+        fresh = Tally(self.sums.device)
+        fresh.sums[5:] = self.sums[5]
+        return fresh
+
+    def of_all(self, sum_: Callable[[Tensor], Tensor]) -> Found:
+        """What all processes together have counted; `sum_` adds a tensor over them."""
+        # Every process leaves out the same steps.
+        return _found(torch.cat([sum_(self.sums[:4].clone()), self.sums[4:]]))
+
+
+def _found(sums: Tensor) -> Found:
+    loss, images, intersection, union, skipped, _, worst = sums.tolist()
+    return Found(
+        # Where no step could be taken there is no loss; NaN would not be JSON.
+        loss=loss / images if images else 0.0,
+        person_iou=intersection / union if union else 1.0,
+        skipped=int(skipped),
+        skipped_in_a_row=int(worst),
+    )
+
+
+def training_steps(
+    network: nn.Module,
     batches: Iterable[Mapping[str, Any]],
+    tally: Tally,
     *,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: LossFn,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     autocast: Autocast,
     device: torch.device,
-    learning_rate: Callable[[int], float],
-    global_step: int,
-    on_step: Callable[[int, Tensor], object] = lambda num_images, loss: None,
-) -> tuple[Tensor, int]:
-    """Take one optimizer step a batch.
+    before_step: Callable[[], float],
+    images_at_once: int,
+    clip_norm: float | None = None,
+    all_pixels: Callable[[Tensor], Tensor] = lambda counted: counted,
+) -> Iterator[Step]:
+    """Take one optimizer step a batch, and yield after each.
 
     Args:
-        batches: mappings with "image" N 3 H W uint8 and "mask" N H W uint8.
+        network: in training mode; may be wrapped by DistributedDataParallel.
+        batches: mappings with "image" N 3 H W uint8, "mask" N H W uint8, "size" N pairs (h, w) of
+            what is picture in the upper left of each, perhaps "border" N H W uint8.
+        tally: what the steps find is added here.
+        loss_fn: mean loss over the counted pixels of (logits, mask, border).
         scaler: disabled unless the precision is fp16, so that there is one way through.
-        learning_rate: rate of the step with the given number.
-        global_step: optimizer steps done before this epoch.
-        on_step: called with the number of images and the loss, still on the device: reading it
-            waits for the device, so the caller decides how often.
-
-    Returns:
-        Mean loss over the images, a scalar on the device, and the new global_step.
+        before_step: called before each step; returns its learning rate.
+        images_at_once: a batch goes through the network in pieces of so many images; together they
+            give the gradient of the whole, each piece weighing as much as it has counted pixels.
+        clip_norm: longest gradient, L2 norm.
+        all_pixels: sums a number over the processes that train together.
     """
-    model.train()
-    loss_sum = torch.zeros((), device=device)
-    num_images = 0
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    waiting_since = time.perf_counter()
     for batch in prefetched(batches, device):
-        image, mask = batch["image"], batch["mask"]
+        tally.seconds_waited += time.perf_counter() - waiting_since
+        rate = before_step()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(global_step)
+            group["lr"] = rate
 
-        with autocast():
-            logits = model(image)
-        loss = loss_fn(logits, mask)
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        scaler.step(optimizer)
-        scaler.update()
+        num_images = len(batch["image"])
+        loss, overlap = _backward(
+            network, batch, loss_fn, scaler, autocast, images_at_once, all_pixels
+        )
+        scaler.unscale_(optimizer)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        finite = norm.isfinite() & loss.isfinite()
+        if clip_norm is not None:
+            torch._foreach_mul_(gradients, (clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0))
+        _step_if(finite, optimizer, scaler)
         optimizer.zero_grad(set_to_none=True)
 
-        global_step += 1
-        num_images += len(image)
-        loss_sum += loss.detach() * len(image)
-        on_step(len(image), loss.detach())
-    return loss_sum / max(num_images, 1), global_step
+        tally.add(loss, num_images, overlap, finite)
+        yield Step(num_images, batch.get("num_drawn", 0))
+        waiting_since = time.perf_counter()
+
+
+def _backward(
+    network: nn.Module,
+    batch: Mapping[str, Any],
+    loss_fn: LossFn,
+    scaler: torch.amp.GradScaler,
+    autocast: Autocast,
+    images_at_once: int,
+    all_pixels: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of one batch; returns its loss and (intersection, union) of the person class."""
+    parallel = isinstance(network, DistributedDataParallel)
+    world_size = dist.get_world_size() if parallel else 1
+    # The mean over processes is taken of the gradients, so each weighs by its share of all pixels.
+    counted = (batch["mask"] != IGNORE).sum().double()
+    scale = world_size / all_pixels(counted.clone()).clamp(min=1)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=counted.device)
+    overlap = torch.zeros(2, dtype=torch.int64, device=counted.device)
+    parts = list(pieces(batch, images_at_once))
+    for number, piece in enumerate(parts, 1):
+        image, mask = piece["image"], piece["mask"]
+        with _gradients_stay_here(network, unless=number == len(parts)):
+            with autocast():
+                logits = network(image)
+            share = (mask != IGNORE).sum() * scale
+            loss = loss_fn(logits, mask, piece.get("border")) * share
+            scaler.scale(loss.float()).backward()  # type: ignore[no-untyped-call]
+        loss_sum += loss.detach()
+        overlap += _overlap(logits.detach(), mask)
+    # Of this process's own pixels again.
+    return loss_sum / (counted * scale).clamp(min=1e-12), overlap
+
+
+def _step_if(
+    finite: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif finite:  # RMSProp with momentum has no such kernel: this waits for the device
+        optimizer.step()
+
+
+def _overlap(logits: Tensor, mask: Tensor) -> Tensor:
+    """Pixels of intersection and of union of truth and prediction."""
+    person = logits.argmax(dim=1) == PERSON
+    truth = mask == PERSON
+    return torch.stack([(person & truth).sum(), ((person & (mask != IGNORE)) | truth).sum()])
+
+
+def _gradients_stay_here(network: nn.Module, *, unless: bool) -> AbstractContextManager[object]:
+    """Processes exchange gradients once a step, with those of its last piece."""
+    if isinstance(network, DistributedDataParallel) and not unless:
+        return network.no_sync()
+    return nullcontext()

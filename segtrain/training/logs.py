@@ -5,13 +5,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from segtrain.classes import IGNORE, PERSON
-from segtrain.errors import CheckpointError
 from segtrain.files import write_bytes, write_text
 from segtrain.images import Pixels, write_image
 
@@ -23,35 +23,31 @@ _PAPER = 32
 
 
 class RunLog:
-    """Lines on stdout that are kept in the run's log.txt too."""
+    """Lines on stdout that are kept in the run's log.txt too.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: None says and keeps nothing: of several processes one talks.
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self._path = path
+        self.num_warnings = 0
 
     def line(self, text: str) -> None:
-        print(text, flush=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        self._write(text, sys.stdout)
 
     def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        self.num_warnings += 1
+        self._write(f"warning: {text}", sys.stderr)
+
+    def _write(self, text: str, stream: TextIO) -> None:
+        if self._path is None:
+            return
+        # tqdm takes a bar that is shown away, and draws it again below the line.
+        with tqdm.external_write_mode(file=stream):
+            print(text, file=stream, flush=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"warning: {text}\n")
-
-
-def read_history(path: Path, *, until_epoch: int) -> list[Row]:
-    """The rows of metrics.jsonl up to an epoch: a run may have been killed after the last save.
-
-    Raises:
-        CheckpointError: the file is there and damaged.
-    """
-    if not path.is_file():
-        return []
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [row for row in rows if row["epoch"] <= until_epoch]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is damaged; move it away to continue without it") from None
+            file.write(text + "\n")
 
 
 def write_history(path: Path, history: Sequence[Row]) -> None:
@@ -60,22 +56,35 @@ def write_history(path: Path, history: Sequence[Row]) -> None:
 
 
 def write_curves(path: Path, history: Sequence[Row]) -> None:
-    """Loss and validation IoU over the epochs as a PNG."""
+    """Loss, IoU and learning rate over the epochs as a PNG."""
     from matplotlib.figure import Figure
 
     epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss_axes, iou_axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    loss_axes, iou_axes, rate_axes = figure.subplots(1, 3, width_ratios=[5, 5, 3])
     loss_axes.plot(epochs, [row["train/loss"] for row in history], ".-")
-    loss_axes.set(title="training loss (cross-entropy)", xlabel="epoch", ylim=(0, None))
+    loss_axes.set(title="training loss", xlabel="epoch", ylim=(0, None))
+    rate_axes.plot(epochs, [row["lr"] for row in history], ".-")
+    rate_axes.set(title="learning rate", xlabel="epoch", ylim=(0, None))
     for key, label in (("val/person_iou", "person IoU"), ("val/mean_iou", "mean IoU")):
         iou_axes.plot(epochs, [row[key] for row in history], ".-", label=label)
+    trained = [row["train/person_iou"] for row in history]
+    iou_axes.plot(epochs, trained, ":", color="tab:blue", label="person IoU, training crops")
+    best = max(history, key=lambda row: float(row["val/person_iou"]))
+    iou_axes.plot(best["epoch"], best["val/person_iou"], "*", color="tab:blue", markersize=13)
     iou_axes.axhline(
         history[-1]["val/all_person_iou"], ls="--", color="gray", label='"all is person"'
     )
     iou_axes.set(title="validation, original resolution", xlabel="epoch", ylim=(0, 1))
     iou_axes.legend(loc="lower right")
-    for axes in (loss_axes, iou_axes):
+    later = [
+        row["epoch"] - 0.5
+        for row, before in zip(history[1:], history, strict=False)
+        if row["stage"] != before["stage"]
+    ]
+    for axes in (loss_axes, iou_axes, rate_axes):
+        for epoch in later:
+            axes.axvline(epoch, ls=":", color="gray")  # another stage begins
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     png = io.BytesIO()

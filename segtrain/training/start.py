@@ -1,7 +1,10 @@
 """From the command line to a run that can begin: configuration, data, run folder, resumed state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,14 @@ from segtrain.config import (
 )
 from segtrain.data import Pictures, describe_roots, named_data_roots, open_pictures
 from segtrain.data.demo import demo_people_root, is_demo_root
-from segtrain.devices import resolve_device
+from segtrain.devices import resolve_device, resolve_precision
+from segtrain.distributed import World
 from segtrain.errors import CheckpointError, UsageError
-from segtrain.files import write_text
+from segtrain.files import sweep, write_text
+from segtrain.locking import locked
 from segtrain.models import build_model
 from segtrain.models.encoder_unet import EncoderUNet
-from segtrain.runs import RunFolder, create_run, find_last
+from segtrain.runs import RunFolder, create_run, find_resumable
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,28 @@ class Start:
     train_source: Pictures
     val_source: Pictures
     resumed: Checkpoint | None
+    resumed_from: Path | None
     notes: list[str]
+    warnings: list[str]
+    world: World
 
 
-def prepare_start(
+@dataclass(frozen=True)
+class _Resumed:
+    checkpoint: Checkpoint
+    path: Path
+
+
+@contextmanager
+def starting(
     yaml_path: Path | None,
     *,
     flags: Mapping[str, Any],
     sets: Sequence[str],
     resume: str | None,
-) -> Start:
-    """Resolve what is asked for and open the data; the run folder is made last.
+    world: World,
+) -> Iterator[Start]:
+    """Resolve what is asked for and open the data; the run folder is made last, and held within.
 
     So a command with a mistake in it leaves nothing behind.
 
@@ -56,43 +72,94 @@ def prepare_start(
         UserError: of any kind.
     """
     notes: list[str] = []
+    warnings: list[str] = []
     asked = load_config(yaml_path, flags=flags, sets=sets)
-    last = find_last(resume, Path(asked.train.output), asked.train.name) if resume else None
-    if resume == "auto" and last is None:
+    resumed = _find_resumed(resume, asked, world, warnings)
+    if resume == "auto" and resumed is None:
         notes.append("nothing to resume: starting afresh")
-    resumed = None
-    if last is not None:
-        resumed = load_checkpoint(last)
-        asked, changed = _continued_config(resumed, last, yaml_path, flags, sets)
-        notes.append(f"continuing {last} after epoch {resumed.epoch}")
+    if resumed is not None:
+        asked, changed = _continued_config(resumed, yaml_path, flags, sets)
+        notes.append(_where_it_goes_on(resumed))
         if changed:
             notes.append(f"changed from here on: {', '.join(changed)}")
-    _check_possible(asked, fresh=last is None)
-    config, data_note = _with_data_root(asked)
+    _check_possible(asked, world, fresh=resumed is None)
+    # The first process makes what is kept in caches.
+    with world.first_alone():
+        config, data_note = _with_data_root(asked)
+        train_source, val_source = (open_pictures(config.data, split) for split in ("train", "val"))
     notes.append(data_note)
-    train_source, val_source = (open_pictures(config.data, split) for split in ("train", "val"))
-    if resumed is not None and resumed.data.get("train_manifest") not in {
+    if resumed is not None and resumed.checkpoint.data.get("train_manifest") not in {
         None,
         train_source.manifest,
     }:
-        notes.append("warning: the training pictures are not those that the run began with")
-    if last is not None:
-        run = RunFolder(last.parent.parent)
-    else:
-        run = create_run(
-            Path(config.train.output),
-            config.train.name,
-            config.model.name,
-            begin_again=resume == "auto",
+        warnings.append("the training pictures are not those that the run began with")
+    with ExitStack() as held:
+        run_path = None
+        if world.is_first:
+            run = _run_folder(config, resumed, resume)
+            held.enter_context(locked(run.path))
+            sweep(run.path)
+            run_path = str(run.path)
+        run = RunFolder(Path(str(world.told_by_first(run_path))))
+        config = replace(config, train=replace(config.train, name=run.path.name))
+        if world.is_first:
+            write_text(run.config, dump_yaml(config))
+        yield Start(
+            config,
+            run,
+            train_source,
+            val_source,
+            resumed.checkpoint if resumed is not None else None,
+            resumed.path if resumed is not None else None,
+            notes,
+            warnings,
+            world,
         )
-    config = replace(config, train=replace(config.train, name=run.path.name))
-    write_text(run.config, dump_yaml(config))
-    return Start(config, run, train_source, val_source, resumed, notes)
 
 
-def _check_possible(config: Config, *, fresh: bool) -> None:
+def _find_resumed(
+    resume: str | None, asked: Config, world: World, warnings: list[str]
+) -> _Resumed | None:
+    """The checkpoint to go on with; with `auto` an older one where the newest is damaged."""
+    found: list[Path] = []
+    with world.first_alone():
+        if resume is not None and world.is_first:
+            found = find_resumable(resume, Path(asked.train.output), asked.train.name)
+    found = world.told_by_first(found)
+    for path, older in zip_longest(found, found[1:]):
+        try:
+            return _Resumed(load_checkpoint(path), path)
+        except CheckpointError as error:
+            if older is None:
+                raise
+            warnings.append(f"{error}; going on with {older}, the one before")
+    return None
+
+
+def _where_it_goes_on(resumed: _Resumed) -> str:
+    loaded = resumed.checkpoint
+    drawn = loaded.training.get("images_drawn")
+    within = f", in the midst of the next at step {loaded.global_step}" if drawn else ""
+    return f"continuing {resumed.path} after epoch {loaded.epoch}{within}"
+
+
+def _run_folder(config: Config, resumed: _Resumed | None, resume: str | None) -> RunFolder:
+    if resumed is not None:
+        return RunFolder(resumed.path.parent.parent)
+    return create_run(
+        Path(config.train.output),
+        config.train.name,
+        config.model.name,
+        begin_again=resume == "auto",
+    )
+
+
+def _check_possible(config: Config, world: World, *, fresh: bool) -> None:
     """Find a wrong device, network argument or weights file before anything is drawn or made."""
-    resolve_device(config.train.device)
+    device = resolve_device(config.train.device, world.local_rank if world.size > 1 else None)
+    resolve_precision(config.train.precision, device)
+    if config.train.tensorboard and find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard needs its package: pip install 'segtrain[tensorboard]'")
     with torch.device("meta"):
         model = build_model(config.model.name, **config.model.kwargs)
     if isinstance(model, EncoderUNet):
@@ -106,22 +173,25 @@ def _check_possible(config: Config, *, fresh: bool) -> None:
 
 
 def _continued_config(
-    resumed: Checkpoint,
-    last: Path,
+    resumed: _Resumed,
     yaml_path: Path | None,
     flags: Mapping[str, Any],
     sets: Sequence[str],
 ) -> tuple[Config, list[str]]:
     """The run's own configuration with what the command line may safely change, and the changes."""
-    if not resumed.training:
-        raise CheckpointError(f"{last} cannot be resumed; give the run's last.pt")
-    base = tree_from_config(resumed.config)
-    config = load_config(yaml_path, base=base, flags=flags, sets=sets)
-    changed = differing_keys(resumed.config, config)
-    unsafe = [key for key in changed if key not in SAFE_TO_CHANGE]
+    before = resumed.checkpoint.config
+    if not resumed.checkpoint.training:
+        raise CheckpointError(f"{resumed.path} cannot be resumed; give the run's last.pt")
+    config = load_config(yaml_path, base=tree_from_config(before), flags=flags, sets=sets)
+    changed = differing_keys(before, config)
+    safe = set(SAFE_TO_CHANGE)
+    if before.train.images_a_step == config.train.images_a_step:
+        # The same steps in smaller pieces: the way on where memory has run out.
+        safe |= {"train.batch_size", "train.accumulation_steps", "train.effective_batch"}
+    unsafe = [key for key in changed if key not in safe]
     if unsafe:
         raise CheckpointError(
-            f"{last} was trained with other values of {', '.join(unsafe)}; "
+            f"{resumed.path} was trained with other values of {', '.join(unsafe)}; "
             "drop these options or start a new run"
         )
     return config, changed

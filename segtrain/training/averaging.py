@@ -1,0 +1,60 @@
+"""A moving average of a network's weights, which validates better than the last weights do."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class AveragedModel:
+    """Exponential moving average of weights and batch norm statistics (Polyak and Juditsky 1992).
+
+    The first steps count more, for the average has nothing to remember yet: the decay of step n is
+    the smaller of `decay` and (1 + n) / (10 + n).
+
+    Args:
+        model: is followed; the average begins as its copy.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+        followed = model.state_dict(keep_vars=True).values()
+        pairs = list(zip(self.model.state_dict().values(), followed, strict=True))
+        self._mixed = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, num_steps: int) -> None:
+        """Mix in the weights after optimizer step number `num_steps`, counted from 1."""
+        share = 1 - min(self.decay, (1 + num_steps) / (10 + num_steps))
+        averages, values = ([pair[side] for pair in self._mixed] for side in (0, 1))
+        torch._foreach_lerp_(averages, values, share)
+        for average, value in self._copied:
+            average.copy_(value)
+
+
+class StatisticsGuard:
+    """Keeps batch norm's statistics finite where a forward pass overflowed.
+
+    Leaving the step out saves the weights, but the statistics were mixed in the forward pass. In
+    training nobody reads them, so it is early enough to put them right at the next look.
+    """
+
+    def __init__(self, *models: nn.Module) -> None:
+        self._buffers = [
+            buffer
+            for model in models
+            for buffer in model.buffers()
+            if buffer.is_floating_point() and buffer.numel()
+        ]
+        self._good: list[Tensor] = [buffer.clone() for buffer in self._buffers]
+
+    @torch.no_grad()
+    def look(self, *, suspicious: bool) -> None:
+        """Remember the statistics, or where that is `suspicious` put back those not finite."""
+        if suspicious:
+            for buffer, good in zip(self._buffers, self._good, strict=True):
+                torch.where(buffer.isfinite().all(), buffer, good, out=buffer)
+        if self._buffers:
+            torch._foreach_copy_(self._good, self._buffers)

@@ -1,0 +1,65 @@
+"""The network as training runs it: compiled, and on several processes at once."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from segtrain.config import TrainConfig
+from segtrain.distributed import World
+from segtrain.errors import UsageError
+from segtrain.models.dense_block import DenseBlock
+
+
+def make_ready(model: nn.Module, config: TrainConfig, world: World, device: torch.device) -> None:
+    """Give a network, in place, the batch norm and the compilation that are configured.
+
+    Its weights keep their names.
+
+    Raises:
+        UsageError: sync_bn where it cannot be.
+    """
+    if config.sync_bn and world.size > 1:
+        if device.type != "cuda":
+            raise UsageError("train.sync_bn needs GPUs; drop it or choose --device cuda")
+        if any(isinstance(module, DenseBlock) for module in model.modules()):
+            raise UsageError(
+                "train.sync_bn is for U-Nets, for dense blocks measure by themselves; drop it"
+            )
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    if config.compile == "full":
+        model.compile()
+    elif config.compile == "blocks":
+        for block in _blocks(model):
+            block.compile()
+
+
+def in_parallel(model: nn.Module, world: World) -> nn.Module:
+    """The network whose gradients are means over all processes; alone, the network itself.
+
+    Make it anew where weights were frozen or set free.
+    """
+    if world.size == 1:
+        return model
+    # Each process has its own running statistics until they are averaged for validation.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module, world: World) -> None:
+    """Make batch norm's running statistics those of all processes together."""
+    if world.size == 1:
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            world.sum_(buffer).div_(world.size)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost dense blocks and sequences of layers."""
+    for child in module.children():
+        if isinstance(child, DenseBlock | nn.Sequential):
+            yield child
+        else:
+            yield from _blocks(child)
