@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +32,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from error
     _held.add(lock)
     try:
-        if not _take(lock):
+        if not _take(lock, patience=0.3):
             raise BusyError(f"{folder} is in use{_by_whom(path)}; wait for it or stop it first")
         os.ftruncate(lock, 0)
         os.write(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
@@ -60,14 +61,19 @@ def is_busy(folder: Path) -> bool:
         os.close(lock)
 
 
-def _take(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks: go without
-    return True
+def _take(lock: int, patience: float = 0.0) -> bool:
+    """Try to; for `patience` seconds, since whoever asks `is_busy` holds it for a moment."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.02)
+        except OSError:
+            return True  # a file system without locks: go without
 
 
 def _by_whom(path: Path) -> str:

@@ -71,7 +71,7 @@ def read_run(path: Path) -> Run:
     changed = _changed(folder)
     try:
         rows = tuple(read_rows(folder.metrics))
-        saved = _has_checkpoint(folder)
+        saved = folder.has_saved()
         config = _read_config(folder, needed=saved or bool(rows))
         state = _state(config, rows, busy=is_busy(path), saved=saved)
     except (UserError, OSError, ValueError, RecursionError) as error:
@@ -118,10 +118,6 @@ def _stage(row: Row) -> int | None:
     """Counted from 1; None where the row does not say."""
     stage = row.get("stage")
     return stage if type(stage) is int and stage >= 1 else None
-
-
-def _has_checkpoint(folder: RunFolder) -> bool:
-    return folder.last.is_file() or folder.last.with_name("previous.pt").is_file()
 
 
 def _read_config(folder: RunFolder, *, needed: bool) -> Config | None:
