@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this machine, a process for each; arguments go to `segtrain train`. Given
-# again after a stop, the same command goes on where it was. GPUS=2 takes only two of them. Stopped
-# by SIGTERM it saves and ends with torchrun's exit code, 1; with one GPU with segtrain's own, 143.
+# again after a stop, the same command goes on where it was. GPUS=2 takes only two of them.
 #   scripts/train_multi_gpu.sh --config configs/tiramisu_coco.yaml --data /data/coco --name week
 set -euo pipefail
 
@@ -46,4 +45,4 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
   threads=$(($(nproc) / gpus))
   export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))
 fi
-exec torchrun --standalone --nproc-per-node "$gpus" -m segtrain train "${resume[@]}" "$@"
+exec segtrain-launch --standalone --nproc-per-node "$gpus" -m segtrain train "${resume[@]}" "$@"

@@ -15,7 +15,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=segtrain-%j.log
-# To the processes of srun, not to this script; torchrun would die of USR1.
+# To the processes of srun, not to this script.
 #SBATCH --signal=TERM@120
 set -euo pipefail
 
@@ -51,7 +51,7 @@ if ! [[ $gpus =~ ^[1-9][0-9]{0,2}$ ]]; then
   echo "error: GPUS=$gpus is no number of GPUs of a node; ask for some: --gpus-per-node=4" >&2
   exit 2
 fi
-launch=(torchrun --nnodes "$nodes" --nproc-per-node "$gpus")
+launch=(segtrain-launch --nnodes "$nodes" --nproc-per-node "$gpus")
 if [ "$nodes" -gt 1 ]; then
   hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
   # Two jobs may share a host: the number of the job keeps their ports apart.

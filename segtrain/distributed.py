@@ -118,21 +118,15 @@ def joined(*, on_cuda: bool) -> Iterator[World]:
 def _lost_connections() -> Iterator[None]:
     try:
         yield
-    except (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError) as error:
-        raise _lost(error) from error
     except RuntimeError as error:
-        # gloo has no error class of its own.
-        if "gloo" not in str(error).lower() and "connection" not in str(error).lower():
+        # Those of nccl and of the store have classes of their own, those of gloo say their name.
+        classes = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+        if not isinstance(error, classes) and "gloo" not in str(error).lower():
             raise
-        raise _lost(error) from error
-
-
-def _lost(error: Exception) -> ResourceError:
-    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ResourceError(
-        f"another process of the job died or hangs ({first_line[:60]}); "
-        "the same command with --resume auto continues"
-    )
+        raise ResourceError(
+            "another process of the job died or hangs; the same command with --resume auto "
+            "continues"
+        ) from error
 
 
 def _control() -> "dist.ProcessGroup":

@@ -20,7 +20,7 @@ STOREYS = [
     {"training", "prediction"},
     {"doctor"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "launch"},
 ]
 STOREY = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -167,12 +167,12 @@ def test_multi_gpu_starts_a_process_for_each_gpu(
     box: Box, smi: str, environment: dict[str, str], count: int
 ) -> None:
     box.program("nvidia-smi", f"[ $1 = -L ] && cat <<'END'\n{smi}\nEND\n")
-    box.program("torchrun", SAYS_ITS_ARGUMENTS)
+    box.program("segtrain-launch", SAYS_ITS_ARGUMENTS)
 
     done = box.run("train_multi_gpu.sh", "--name", "two words", **environment)
 
     assert done.stdout.splitlines()[0] == (
-        f"torchrun --standalone --nproc-per-node {count} -m segtrain train "
+        f"segtrain-launch --standalone --nproc-per-node {count} -m segtrain train "
         "--resume auto --name two words"
     )
     assert done.returncode == 0
@@ -194,7 +194,7 @@ def test_multi_gpu_with_one_or_none_is_plain_training(
 ) -> None:
     box.program("nvidia-smi", smi)
     box.program("segtrain", SAYS_ITS_ARGUMENTS)
-    box.program("torchrun", SAYS_ITS_ARGUMENTS)
+    box.program("segtrain-launch", SAYS_ITS_ARGUMENTS)
 
     done = box.run("train_multi_gpu.sh", "--lr", "1", **environment)
 
@@ -204,7 +204,7 @@ def test_multi_gpu_with_one_or_none_is_plain_training(
 @pytest.mark.parametrize("own", [["--resume", "runs/a"], ["--resume=runs/a"]])
 @pytest.mark.parametrize("gpus", ["1", "2"])
 def test_multi_gpu_leaves_a_resume_of_the_users_alone(box: Box, gpus: str, own: list[str]) -> None:
-    for program in ("segtrain", "torchrun"):
+    for program in ("segtrain", "segtrain-launch"):
         box.program(program, SAYS_ITS_ARGUMENTS)
 
     done = box.run("train_multi_gpu.sh", "--lr", "1", *own, GPUS=gpus)
@@ -215,7 +215,7 @@ def test_multi_gpu_leaves_a_resume_of_the_users_alone(box: Box, gpus: str, own: 
 
 
 def test_multi_gpu_keeps_every_argument_whole(box: Box) -> None:
-    box.program("torchrun", """printf '[%s]' "${@: -3}" """)
+    box.program("segtrain-launch", """printf '[%s]' "${@: -3}" """)
 
     done = box.run("train_multi_gpu.sh", "--data", "a  b*", "", GPUS="2")
 
@@ -224,7 +224,7 @@ def test_multi_gpu_keeps_every_argument_whole(box: Box) -> None:
 
 def test_multi_gpu_shares_the_cores_among_the_processes(box: Box) -> None:
     box.program("nproc", "echo 12")
-    box.program("torchrun", SAYS_ITS_ARGUMENTS)
+    box.program("segtrain-launch", SAYS_ITS_ARGUMENTS)
 
     def threads(**environment: str) -> str:
         return box.run("train_multi_gpu.sh", **environment).stdout.splitlines()[-1]
@@ -244,7 +244,7 @@ def test_multi_gpu_says_what_is_wrong_with_gpus(box: Box, gpus: str) -> None:
 
 
 def test_multi_gpu_prefers_the_environment_of_the_project(box: Box) -> None:
-    for program in ("segtrain", "torchrun"):
+    for program in ("segtrain", "segtrain-launch"):
         box.program(program, "echo from the PATH")
         box.program(program, "echo from .venv", folder=box.folder / "project" / ".venv" / "bin")
 
@@ -252,7 +252,7 @@ def test_multi_gpu_prefers_the_environment_of_the_project(box: Box) -> None:
         assert box.run("train_multi_gpu.sh", GPUS=gpus).stdout == "from .venv\n"
 
 
-@pytest.mark.parametrize(("gpus", "program"), [("1", "segtrain"), ("2", "torchrun")])
+@pytest.mark.parametrize(("gpus", "program"), [("1", "segtrain"), ("2", "segtrain-launch")])
 def test_multi_gpu_becomes_the_program_so_that_signals_reach_it(
     box: Box, gpus: str, program: str
 ) -> None:
@@ -299,7 +299,7 @@ def test_slurm_on_one_node(slurm: Box) -> None:
 
     assert done.stdout.splitlines() == [
         "srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 --cpus-per-task=32 "
-        "torchrun --nnodes 1 --nproc-per-node 4 --standalone "
+        "segtrain-launch --nnodes 1 --nproc-per-node 4 --standalone "
         "-m segtrain train --resume auto --data /data/coco --name week",
         "threads 8",
     ]
@@ -318,7 +318,7 @@ def test_slurm_on_two_nodes_meets_on_the_first(slurm: Box) -> None:
 
     assert done.stdout.splitlines()[0] == (
         "srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 --cpus-per-task=32 "
-        "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d "
+        "segtrain-launch --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d "
         "--rdzv-id segtrain-1020304-3 --rdzv-endpoint n07:10304 "
         "-m segtrain train --resume auto --name week"
     )
@@ -348,11 +348,13 @@ def test_slurm_finds_its_own_run_again(slurm: Box, arguments: list[str], then: s
 
 
 def test_slurm_takes_the_environment_of_the_folder_it_was_submitted_from(slurm: Box) -> None:
-    slurm.program("srun", "command -v torchrun")
-    for name in ("segtrain", "torchrun"):
+    slurm.program("srun", "command -v segtrain-launch")
+    for name in ("segtrain", "segtrain-launch"):
         slurm.program(name, "", folder=slurm.folder / ".venv" / "bin")
 
-    assert slurm.run("train_slurm.sh").stdout.strip() == str(slurm.folder / ".venv/bin/torchrun")
+    assert slurm.run("train_slurm.sh").stdout.strip() == str(
+        slurm.folder / ".venv/bin/segtrain-launch"
+    )
 
 
 TIME_LIMIT = {"SEGTRAIN_CHAIN": "2", "end": "100"}

@@ -57,51 +57,37 @@ class Tally:
         self.num_images = 0
         self.seconds_waited = 0.0
 
-    def add(self, loss: Tensor, num_images: int, overlap: Tensor, finite: Tensor) -> None:
-        """One step: loss scalar, overlap (intersection, union), finite a scalar bool."""
-        good = finite.double()
-        row = (self.sums[5] + 1) * (1 - good)
-        images = good * num_images
-        self.sums[:5] += torch.stack(
-            [
-                torch.where(finite, loss.double() * num_images, 0),
-                images,
-                good * overlap[0],
-                good * overlap[1],
-                1 - good,
-            ]
-        )
+    def add(self, step: Tensor, finite: Tensor) -> None:
+        """One step.
+
+        Args:
+            step: loss, images, intersection, union; float64.
+            finite: scalar bool, whether it was taken.
+        """
+        row = torch.where(finite, 0, self.sums[5] + 1)
+        counted = torch.cat([step[:1] * step[1], step[1:]])
+        self.sums[:4] += torch.where(finite, counted, 0)
+        self.sums[4] += ~finite
         self.sums[5] = row
         self.sums[6] = torch.maximum(self.sums[6], row)
-        self.num_images += num_images
 
     def read(self) -> Found:
         """What was counted until now. Waits for the device."""
-        found = _found(self.sums)
+        loss, images, intersection, union, skipped, _, worst = self.sums.tolist()
         self.sums[6] = self.sums[5]
-        return found
+        return Found(
+            # Where no step could be taken there is no loss; NaN would not be JSON.
+            loss=loss / images if images else 0.0,
+            person_iou=intersection / union if union else 1.0,
+            skipped=int(skipped),
+            skipped_in_a_row=int(worst),
+        )
 
     def of_next_epoch(self) -> "Tally":
         """A fresh one that goes on counting steps left out in a row."""
         fresh = Tally(self.sums.device)
         fresh.sums[5:] = self.sums[5]
         return fresh
-
-    def of_all(self, sum_: Callable[[Tensor], Tensor]) -> Found:
-        """What all processes together have counted; `sum_` adds a tensor over them."""
-        # Every process leaves out the same steps.
-        return _found(torch.cat([sum_(self.sums[:4].clone()), self.sums[4:]]))
-
-
-def _found(sums: Tensor) -> Found:
-    loss, images, intersection, union, skipped, _, worst = sums.tolist()
-    return Found(
-        # Where no step could be taken there is no loss; NaN would not be JSON.
-        loss=loss / images if images else 0.0,
-        person_iou=intersection / union if union else 1.0,
-        skipped=int(skipped),
-        skipped_in_a_row=int(worst),
-    )
 
 
 def training_steps(
@@ -117,7 +103,7 @@ def training_steps(
     before_step: Callable[[], float],
     images_at_once: int,
     clip_norm: float | None = None,
-    all_pixels: Callable[[Tensor], Tensor] = lambda counted: counted,
+    sum_of_all: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Iterator[Step]:
     """Take one optimizer step a batch, and yield after each.
 
@@ -132,7 +118,7 @@ def training_steps(
         images_at_once: a batch goes through the network in pieces of so many images; together they
             give the gradient of the whole, each piece weighing as much as it has counted pixels.
         clip_norm: longest gradient, L2 norm.
-        all_pixels: sums a number over the processes that train together.
+        sum_of_all: sums a tensor over the processes that train together.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     waiting_since = time.perf_counter()
@@ -143,19 +129,18 @@ def training_steps(
             group["lr"] = rate
 
         num_images = len(batch["image"])
-        loss, overlap = _backward(
-            network, batch, loss_fn, scaler, autocast, images_at_once, all_pixels
-        )
+        step = _backward(network, batch, loss_fn, scaler, autocast, images_at_once, sum_of_all)
         scaler.unscale_(optimizer)
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
-        finite = norm.isfinite() & loss.isfinite()
+        finite = norm.isfinite() & step[0].isfinite()
         if clip_norm is not None:
             torch._foreach_mul_(gradients, (clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0))
         _step_if(finite, optimizer, scaler)
         optimizer.zero_grad(set_to_none=True)
 
-        tally.add(loss, num_images, overlap, finite)
+        tally.add(step, finite)
+        tally.num_images += num_images
         yield Step(num_images, batch.get("num_drawn", 0))
         waiting_since = time.perf_counter()
 
@@ -167,29 +152,27 @@ def _backward(
     scaler: torch.amp.GradScaler,
     autocast: Autocast,
     images_at_once: int,
-    all_pixels: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of one batch; returns its loss and (intersection, union) of the person class."""
+    sum_of_all: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Gradients of one batch; returns its loss, images, intersection and union of all processes."""
     parallel = isinstance(network, DistributedDataParallel)
     world_size = dist.get_world_size() if parallel else 1
-    # The mean over processes is taken of the gradients, so each weighs by its share of all pixels.
-    counted = (batch["mask"] != IGNORE).sum().double()
-    scale = world_size / all_pixels(counted.clone()).clamp(min=1)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=counted.device)
-    overlap = torch.zeros(2, dtype=torch.int64, device=counted.device)
+    # What was counted: the mean of the loss, images, intersection, union.
+    step = torch.zeros(4, dtype=torch.float64, device=batch["mask"].device)
+    step[1] = len(batch["image"])
+    num_pixels = sum_of_all((batch["mask"] != IGNORE).sum().double()).clamp(min=1)
     parts = list(pieces(batch, images_at_once))
     for number, piece in enumerate(parts, 1):
         image, mask = piece["image"], piece["mask"]
         with _gradients_stay_here(network, unless=number == len(parts)):
             with autocast():
                 logits = network(image)
-            share = (mask != IGNORE).sum() * scale
-            loss = loss_fn(logits, mask, piece.get("border")) * share
-            scaler.scale(loss.float()).backward()  # type: ignore[no-untyped-call]
-        loss_sum += loss.detach()
-        overlap += _overlap(logits.detach(), mask)
-    # Of this process's own pixels again.
-    return loss_sum / (counted * scale).clamp(min=1e-12), overlap
+            loss = loss_fn(logits, mask, piece.get("border")) * (mask != IGNORE).sum() / num_pixels
+            # Of the gradients the mean over the processes is taken, and this is part of a sum.
+            scaler.scale((loss * world_size).float()).backward()  # type: ignore[no-untyped-call]
+        step[0] += loss.detach()
+        step[2:] += _overlap(logits.detach(), mask)
+    return sum_of_all(step)
 
 
 def _step_if(

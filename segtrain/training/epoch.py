@@ -80,7 +80,7 @@ def train_one_epoch(
         before_step=lambda: _prepare_step(config, setting, state, num_steps),
         images_at_once=state.images_at_once,
         clip_norm=config.optim.clip_norm,
-        all_pixels=world.sum_,
+        sum_of_all=world.sum_,
     )
     with _training_bar(setting, stage, state) as bar, _memory_errors():
         for step in steps:
@@ -193,7 +193,7 @@ def _shown(
 def _told(setting: Setting, state: TrainingState, seconds: float) -> Row:
     """The epoch's row, of all processes together."""
     tally, device = state.tally, setting.device
-    found = tally.of_all(setting.world.sum_)
+    found = tally.read()
     row: Row = {
         "lr": state.optimizer.param_groups[0]["lr"],
         "train/loss": found.loss,

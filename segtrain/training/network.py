@@ -1,6 +1,8 @@
 """The network as training runs it: compiled, and on several processes at once."""
 
+import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,8 +44,12 @@ def in_parallel(model: nn.Module, world: World) -> nn.Module:
     """
     if world.size == 1:
         return model
-    # Each process has its own running statistics until they are averaged for validation.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # Each process has its own running statistics until they are averaged for validation. torch
+    # 2.15 has another name for it.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {option: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(model, **options)
 
 
 @torch.no_grad()
