@@ -382,7 +382,7 @@ def doctor(
     show_augmentations: Annotated[
         bool, typer.Option("--show-augmentations", help="Also what training sees of six pictures.")
     ] = False,
-    augment: Annotated[str | None, typer.Option(help="paper, standard or strong.")] = None,
+    augment: Annotated[str | None, typer.Option(help="paper, standard, strong or elastic.")] = None,
     learning: Annotated[
         bool, typer.Option("--learning/--no-learning", help="Learn four pictures by heart.")
     ] = True,

@@ -48,7 +48,7 @@ class DataConfig:
     """Share of each root in the pictures of an epoch; None lets every picture count the same."""
     image_size: Annotated[int, Field(ge=48, le=4096)] = 224
     """Side of the square training crops and short side of whole images in validation, pixels."""
-    augment: Literal["paper", "standard", "strong"] = "paper"
+    augment: Literal["paper", "standard", "strong", "elastic"] = "paper"
     """What is done to training pictures; see `segtrain.data.transforms`."""
     whole: bool = False
     """Train on whole pictures, their short side scaled to `image_size`, instead of on crops. They
@@ -85,8 +85,10 @@ class DataConfig:
             raise ValueError(
                 f"data.person_area must be two shares with 0 <= a <= b <= 1: {self.person_area}"
             )
-        if self.whole and self.augment == "strong":
-            raise ValueError("data.whole goes with data.augment paper or standard, not strong")
+        if self.whole and self.augment not in {"paper", "standard"}:
+            raise ValueError(
+                f"data.whole goes with data.augment paper or standard, not {self.augment}"
+            )
         num_roots = len(self.root) if isinstance(self.root, tuple) else 1
         if self.weights is not None and len(self.weights) != num_roots:
             raise ValueError("data.weights must have a number for each root")

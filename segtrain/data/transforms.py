@@ -24,7 +24,7 @@ from segtrain.config import DataConfig
 from segtrain.data.sample import Sample
 from segtrain.images import Pixels, resize_image
 
-Augment = Literal["paper", "standard", "strong"]
+Augment = Literal["paper", "standard", "strong", "elastic"]
 Backdrop = Callable[[int], Pixels | None]
 
 # What lies beyond a picture: the mean of ImageNet, which the networks see as zero.
@@ -72,13 +72,7 @@ def strong(size: int) -> Preset:
         scale=(0.5, 2.0),
         margin=round(size * _MARGIN),
         geometry=[
-            A.Affine(
-                rotate=(-20, 20),
-                border_mode=cv2.BORDER_CONSTANT,
-                fill=_FILL,
-                fill_mask=IGNORE,
-                p=0.5,
-            ),
+            _turn(),
             _Bend(size / 40, p=0.3),
             A.CenterCrop(size, size),
             A.HorizontalFlip(p=0.5),
@@ -99,11 +93,33 @@ def strong(size: int) -> Preset:
     )
 
 
+def elastic(size: int) -> Preset:
+    """Turned, bent and with other gray values (Ronneberger et al. 2015, section 3.1)."""
+    return Preset(
+        scale=(1.0, 1.5),
+        margin=round(size * _MARGIN),
+        geometry=[
+            _turn(),
+            _Bend(size / 40, p=0.9),
+            A.CenterCrop(size, size),
+            A.HorizontalFlip(p=0.5),
+        ],
+        pixels=[A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), p=0.8)],
+    )
+
+
 PRESETS: dict[str, Callable[[int], Preset]] = {
     "paper": paper,
     "standard": standard,
     "strong": strong,
+    "elastic": elastic,
 }
+
+
+def _turn() -> A.BasicTransform:
+    return A.Affine(
+        rotate=(-20, 20), border_mode=cv2.BORDER_CONSTANT, fill=_FILL, fill_mask=IGNORE, p=0.5
+    )
 
 
 def _photography() -> list[A.BasicTransform]:
@@ -162,8 +178,8 @@ class TrainTransform:
         image_size: side of the crop, pixels.
         augment: a key of PRESETS.
         scale: range of the short side before the crop, in crops; None takes the preset's own.
-        whole: no crop; without a `scale` the short side is `image_size`. Not with strong, whose
-            crops belong to it.
+        whole: no crop; without a `scale` the short side is `image_size`. Not with strong
+            and elastic, whose crops belong to them.
     """
 
     def __init__(
