@@ -32,7 +32,7 @@ JSON_VERSION = 1
 
 # The keys of `data.` that say which pictures are judged and what is person in them.
 _SELECTION = {f.name for f in fields(DataConfig)} - {
-    *("root", "weights", "image_size", "augment", "scale", "workers"),
+    *("root", "weights", "image_size", "augment", "scale", "whole", "workers"),
 }
 
 
