@@ -1,5 +1,6 @@
 """Devices and number formats: what was asked for, what there is, and what is taken."""
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -13,6 +14,9 @@ from segtrain.errors import UsageError
 
 Autocast = Callable[[], AbstractContextManager[object]]
 ResolvedPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+# The numbers of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,6 +84,21 @@ def set_float32_arithmetic(precision: ResolvedPrecision) -> None:
     # torch's newer switches, an operation each, make its exporter's look at these raise.
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what tensors give back, for the next step's tensors.
+
+    glibc hands large pieces back to the system, which has to clear the pages of the next ones: a
+    tenth and more of an FC-DenseNet's step on a CPU (`benchmarks/train.py allocator`). Other C
+    libraries have no such switch and are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def move_model(model: nn.Module, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from segtrain.devices import (
     Autocast,
     autocast_for,
     describe_device,
+    keep_freed_memory,
     resolve_device,
     resolve_precision,
     set_float32_arithmetic,
@@ -66,6 +67,8 @@ def open_setting(start: Start, log: RunLog) -> Setting:
     set_float32_arithmetic(precision)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     processes = f", {world.size} processes" if world.size > 1 else ""
     log.line(f"device: {describe_device(device)}{processes}, precision {precision}")
     sources = {"training": start.train_source, "validation": start.val_source}
