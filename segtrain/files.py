@@ -60,6 +60,8 @@ def _keep(path: Path, keep_as: Path) -> None:
         path.replace(keep_as)  # a file system without links: for a moment only this name is there
     else:
         link.replace(keep_as)
+        # Where both are names of one file already (a kill came right here), nothing was renamed.
+        link.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> int:

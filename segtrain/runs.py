@@ -42,6 +42,11 @@ class RunFolder:
         return self.path / "checkpoints" / "previous.pt"
 
     @property
+    def damaged(self) -> Path:
+        """A `last` that could not be read, for whoever wants to look at it."""
+        return self.path / "checkpoints" / "damaged.pt"
+
+    @property
     def best(self) -> Path:
         return self.path / "checkpoints" / "best.pt"
 

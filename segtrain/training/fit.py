@@ -84,7 +84,7 @@ def fit(start: Start, log: RunLog) -> FitResult:
 
 
 def _first_state(setting: Setting, plans: list[Config], start: Start) -> TrainingState:
-    """The state resumed, or a fresh one that has been saved once.
+    """The state resumed, or a fresh one; last.pt holds it.
 
     So a disk that is full or read-only is found before the first step, and there is always a state
     to go back to.
@@ -104,6 +104,8 @@ def _first_state(setting: Setting, plans: list[Config], start: Start) -> Trainin
         looked_before = start.resumed.config.train.batch_size == "auto"
         if plan.train.batch_size != "auto" or not looked_before:
             state.images_at_once = images_at_once(setting, plan, state.model)
+        if start.resumed_from != setting.run.last:
+            _save_last(setting, state)
     else:
         state = begin(plans[0], setting.device, use_scaler=setting.use_scaler)
         state.images_at_once = images_at_once(setting, plans[0], state.model)

@@ -99,6 +99,8 @@ def starting(
             run = _run_folder(config, resumed, resume)
             held.enter_context(locked(run.path))
             sweep(run.path)
+            if resumed is not None:
+                _set_damaged_aside(run, resumed.path, warnings)
             run_path = str(run.path)
         run = RunFolder(Path(str(world.told_by_first(run_path))))
         config = replace(config, train=replace(config.train, name=run.path.name))
@@ -126,14 +128,35 @@ def _find_resumed(
         if resume is not None and world.is_first:
             found = find_resumable(resume, Path(asked.train.output), asked.train.name)
     found = world.told_by_first(found)
+    errors: list[CheckpointError] = []
     for path, older in zip_longest(found, found[1:]):
         try:
             return _Resumed(load_checkpoint(path), path)
         except CheckpointError as error:
-            if older is None:
-                raise
-            warnings.append(f"{error}; going on with {older}, the one before")
+            errors.append(error)
+            if older is not None:
+                warnings.append(f"{error}; going on with {older}, the one before")
+    if len(errors) > 1:
+        names = " nor ".join(path.name for path in found)
+        raise CheckpointError(f"neither {names} can be used: {errors[0]}")
+    if errors:
+        raise errors[0]
     return None
+
+
+def _set_damaged_aside(run: RunFolder, resumed_from: Path, warnings: list[str]) -> None:
+    """Move a last.pt out of the way that nobody can use.
+
+    The next save makes what is last.pt the previous one: it would take the place of the file that
+    the run goes on with.
+    """
+    if resumed_from.name != run.previous.name or not run.last.exists():
+        return
+    try:
+        load_checkpoint(run.last)
+    except CheckpointError:
+        run.last.replace(run.damaged)
+        warnings.append(f"the damaged {run.last.name} is kept as {run.damaged}")
 
 
 def _where_it_goes_on(resumed: _Resumed) -> str:
@@ -191,8 +214,9 @@ def _continued_config(
     unsafe = [key for key in changed if key not in safe]
     if unsafe:
         raise CheckpointError(
-            f"{resumed.path} was trained with other values of {', '.join(unsafe)}; "
-            "drop these options or start a new run"
+            # The names first: of a long line the middle is lost.
+            f"not to be changed on resuming: {', '.join(unsafe)}, given otherwise than for "
+            f"{resumed.path}; drop these options or start a new run"
         )
     return config, changed
 
