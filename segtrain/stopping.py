@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 # SIGUSR1 is what schedulers send some time before they take the machine away.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 _received: list[signal.Signals] = []
 _raise_at_once = False
@@ -33,7 +33,7 @@ class Stopped(Exception):  # noqa: N818, it is no error
 def listening() -> Iterator[None]:
     """Within, SIGINT, SIGTERM and SIGUSR1 are noted for `check`; the third ends it all at once."""
     _received.clear()
-    before = {number: signal.signal(number, _note) for number in _SIGNALS}
+    before = {number: signal.signal(number, _note) for number in SIGNALS}
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is the run that was never stopped, bit for bit."""
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -31,7 +32,7 @@ import segtrain.training.start
 import segtrain.training.validation
 from segtrain.checkpoint import load_checkpoint
 from segtrain.cli import run
-from segtrain.data.loading import Batches
+from segtrain.data.loading import Batches, _begin_worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -344,6 +345,40 @@ def test_a_signal_to_the_whole_group_is_heard_as_one_to_the_process(
     resumed = segtrain(*command, "--output", tmp_path / "SIGUSR1" / "runs")
     assert resumed.code == 0, resumed.err
     assert_same_training(tmp_path / "SIGUSR1" / "runs" / "x", straight(arguments))
+
+
+def signalled_from_the_start(worker: int) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    _BEGIN_WORKER(worker)
+
+
+_BEGIN_WORKER = _begin_worker
+
+
+def signal_everybody() -> None:
+    """As schedulers do that know all processes of a job, whatever their groups are."""
+    for child in multiprocessing.active_children():
+        os.kill(int(child.pid or 0), signal.SIGTERM)
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_loader_processes_outlive_a_signal_that_comes_to_them(
+    segtrain: Command,
+    toy: Path,
+    straight: Callable[[list[str]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At any time, that of their start included: else their parent would die of their death."""
+    command = train(toy, PLAIN, "--workers", "2", "--name", "x", "--resume", "auto")
+    monkeypatch.setattr("segtrain.data.loading._begin_worker", signalled_from_the_start)
+    with monkeypatch.context() as patch:
+        after_step(patch.setattr, 3, signal_everybody)
+        stopped = segtrain(*command)
+    assert_stopped(stopped, Path("runs/x"), 143, 3)
+
+    assert segtrain(*command).code == 0
+    assert_same_training(Path("runs/x"), straight(PLAIN))
 
 
 # --- Stopped elsewhere --------------------------------------------------------------------------

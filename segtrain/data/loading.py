@@ -1,7 +1,10 @@
 """From a data set to batches of bytes: N 3 H W uint8 images and N H W uint8 masks."""
 
+import atexit
 import math
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from segtrain.data.sample import Sample, Source, tolerated
 from segtrain.data.selection import is_negative
 from segtrain.errors import DataError, ResourceError
 from segtrain.images import Pixels, resize_short_side
+from segtrain.stopping import SIGNALS
 
 # Where /dev/shm is full a worker's batch gets lost without a word, so nobody waits for ever.
 _PATIENCE = 120.0  # seconds for one batch
@@ -257,7 +261,9 @@ class Batches:
         sampler = self.loader.sampler
         num_drawn = sampler.num_done if isinstance(sampler, EpochSampler) else 0
         with worker_errors():
-            for batch in self.loader:
+            with _signals_blocked():  # here the worker processes are made
+                batches = iter(self.loader)
+            for batch in batches:
                 self._count(batch["damaged"])
                 num_drawn += len(batch["image_id"]) + len(batch["damaged"])
                 batch["num_drawn"] = num_drawn
@@ -407,8 +413,30 @@ def _loader_options(workers: int, pin_memory: bool) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Let processes that are made within never hear of what asks for an end.
+
+    Ctrl-C and schedulers signal all processes of a job. A worker has to live on until its parent
+    has saved and ends it by the queue; one without a parent ends by itself. It inherits this from
+    its first moment: whatever it did by itself would come too late for a signal while it starts.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_workers() -> None:
+    # One that hangs does not look at its queue, and SIGTERM, which Python would send, is blocked.
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+atexit.register(_end_workers)
+
+
 def _begin_worker(worker: int) -> None:
-    # Ctrl-C and schedulers signal the whole process group. In a group of its own a worker lives on
-    # until its parent has saved and ends it; one without a parent ends by itself.
-    os.setpgid(0, 0)
+    os.setpgid(0, 0)  # a terminal that is closed signals its group, too
     cv2.setNumThreads(0)
