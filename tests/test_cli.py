@@ -1,6 +1,5 @@
 """Errors as part of the product: one line, the right exit code, nothing lost."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TOY_TRAINING, Command
+from interruptions import session_members
 
 from segtrain import __version__
 from segtrain.checkpoint import load_checkpoint
@@ -205,14 +205,3 @@ def test_a_signal_ends_training_with_its_code_and_keeps_the_last_epoch(
     assert last.exists()
     assert not list(last.parent.glob(".*.tmp"))
     assert session_members(process.pid) == [], "orphans"
-
-
-def session_members(session: int) -> list[int]:
-    """Living processes of a session, read from /proc: slim images have no pgrep."""
-    members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, session_id, *_ = stat.read_text().rpartition(")")[2].split()
-            if int(session_id) == session and state != "Z":
-                members.append(int(stat.parent.name))
-    return members

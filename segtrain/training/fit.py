@@ -58,6 +58,8 @@ def fit(start: Start, log: RunLog) -> FitResult:
     stage = None
     tensorboard = setting.config.train.tensorboard and setting.world.is_first
     with RunOutputs(setting.run, log, tensorboard=tensorboard) as outputs:
+        if start.resumed is not None and setting.world.is_first:
+            _catch_up(setting, plans[state.stage], state, outputs)
         while not _is_done(plans[state.stage], state) or state.stage + 1 < len(plans):
             if _is_done(plans[state.stage], state):
                 state = _begin_next_stage(setting, plans, state)
@@ -220,6 +222,22 @@ def _save_last(setting: Setting, state: TrainingState) -> None:
     if setting.world.is_first:
         save_last(setting.run, state, setting.config, setting.data)
         point_latest_at(setting.run)
+
+
+def _catch_up(setting: Setting, plan: Config, state: TrainingState, outputs: RunOutputs) -> None:
+    """Write what follows from the last epoch, where a kill came between its save and that.
+
+    Where the run goes on from an older checkpoint, what was told of later epochs is taken back.
+    """
+    metrics = setting.run.metrics
+    num_told = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    if not state.history or num_told == len(state.history):
+        return
+    pictures = []
+    if not state.images_drawn and state.stage_epoch:  # the network is still that of the epoch
+        stage = open_stage(setting, state.stage, plan)
+        pictures = list(samples(setting, stage, state.judged_model))
+    outputs.write(state.history, pictures)
 
 
 def _epochs_after(plans: list[Config], stage: int) -> int:

@@ -184,8 +184,8 @@ def check_space(run: RunFolder) -> None:
     free = shutil.disk_usage(run.path).free
     if free < needed:
         raise ResourceError(
-            f"{run.path} needs {needed / 1e6:.0f} MB more for checkpoints and the disk has "
-            f"{free / 1e6:.0f}; free some space or choose another --output"
+            f"{run.path} needs {needed / 1e6:.1f} MB more for checkpoints and the disk has "
+            f"{free / 1e6:.1f}; free some space or choose another --output"
         )
 
 
