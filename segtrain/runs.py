@@ -98,7 +98,8 @@ def create_run(
 def point_latest_at(run: RunFolder) -> None:
     """Let `runs/latest` be `run`. A file system without links goes without."""
     link = run.path.parent / "latest"
-    temporary = link.with_name(f".latest.{os.getpid()}.tmp")
+    # In the run's own folder, where the next start sweeps what a kill leaves.
+    temporary = run.path / f".latest.{os.getpid()}.tmp"
     try:
         # A killed process of the same pid (usual in containers) may have left one.
         temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import segtrain.training.epoch
 import segtrain.training.fit
 import segtrain.training.start
 import segtrain.training.validation
-from segtrain.checkpoint import load_checkpoint
+from segtrain.checkpoint import load_checkpoint, save_checkpoint
 from segtrain.cli import run
 from segtrain.data.loading import Batches, _begin_worker
 
@@ -204,7 +205,7 @@ def random_stops(name: str, seed: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("name", "workers"),
-    [*((name, "0") for name in EXPERIMENTS), ("dropout", "2"), ("whole", "2")],
+    [*((name, "0") for name in EXPERIMENTS), ("dropout", "2")],
 )
 def test_a_run_stopped_twice_at_random_steps_equals_a_straight_one(
     segtrain: Command, toy: Path, straight: Callable[[list[str]], Path], name: str, workers: str
@@ -327,7 +328,7 @@ def test_a_signal_to_the_whole_group_is_heard_as_one_to_the_process(
     """Loader processes belong to the group, too."""
     arguments = [*PLAIN, *sets("train.ema_decay=0.9")]
     command = train(toy, arguments, "--workers", "2", "--name", "x", "--resume", "auto")
-    codes = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+    codes = {signal.SIGUSR1: 143, signal.SIGINT: 130}
     cases = []
     for number in codes:
         folder = tmp_path / number.name
@@ -441,7 +442,9 @@ def test_a_signal_outside_the_steps_leaves_a_run_that_goes_on_as_if_none_had_com
     assert "Traceback" not in stopped.err
     assert seconds < 5
     assert leftovers(Path()) == []
-    if where != "open_pictures":
+    if where == "open_pictures":
+        assert not Path("runs").exists(), "nothing has begun"
+    else:
         last = load_checkpoint(Path("runs/x/checkpoints/last.pt"))
         assert (last.epoch, last.global_step) == (0, NUM_TRAIN // 2)
         assert not Path("runs/x/metrics.jsonl").exists(), "an epoch counts when it is judged"
@@ -580,6 +583,40 @@ def loads(path: Path) -> bool:
     return True
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"images_drawn": "many"},
+        {"stage": 1},
+        {"stage": -1},
+        {"stage": [0]},
+        {"best_iou": 1},
+        {"history": {"epoch": 1}},
+        {"history": [{"epoch": 1, "stage": 1}]},
+        {"history": []},
+        {"tally": [1.0, 2.0]},
+        {"tally": "none"},
+        {"optimizer": {}},
+        {"optimizer": {"state": {0: 5}, "param_groups": []}},
+        {"scaler": 5},
+    ],
+    ids=str,
+)
+def test_a_forged_training_state_is_refused(
+    segtrain: Command, half_done_run: Path, changes: dict[str, Any]
+) -> None:
+    """Its checksum is right, so only its meaning can give it away."""
+    last = half_done_run / "checkpoints" / "last.pt"
+    checkpoint = load_checkpoint(last)
+    save_checkpoint(last, replace(checkpoint, training={**checkpoint.training, **changes}))
+    before = digests(half_done_run)
+
+    finished = segtrain("train", "--resume", half_done_run, "--precision", "fp16")
+
+    assert_error(finished, CHECKPOINT, "last.pt", "start a new run")
+    assert digests(half_done_run) == before
+
+
 # --- What is asked for on resuming --------------------------------------------------------------
 
 
@@ -629,7 +666,7 @@ def test_what_is_safe_to_change_is_taken_and_said(segtrain: Command, half_done_r
     assert (config.data.workers, config.optim.lr, config.train.epochs) == (1, 2e-4, 3)
 
 
-@pytest.mark.parametrize("precisions", [("fp32", "fp16", "fp32", "fp16"), ("bf16", "fp32")])
+@pytest.mark.parametrize("precisions", [("fp32", "fp16", "fp32"), ("bf16", "fp32")])
 def test_another_precision_goes_on_with_a_fresh_scaler(
     segtrain: Command, toy: Path, precisions: tuple[str, ...]
 ) -> None:

@@ -82,6 +82,8 @@ def train_one_epoch(
         clip_norm=config.optim.clip_norm,
         sum_of_all=world.sum_,
     )
+    if world.any(requested()):
+        raise Stopped(signal_received())
     with _training_bar(setting, stage, state) as bar, _memory_errors():
         for step in steps:
             state.global_step += 1
@@ -169,8 +171,9 @@ def _training_bar(setting: Setting, stage: Stage, state: TrainingState) -> "tqdm
         total=stage.train_set.num_images,
         initial=state.images_drawn,
         desc=f"{stages}epoch {state.stage_epoch + 1}/{stage.config.train.epochs}",
-        # Several processes must agree on where they stop.
-        listens=setting.world.size == 1,
+        # The loop does: several processes must agree on where they stop, and before anything is
+        # saved the last steps are looked at.
+        listens=False,
     )
 
 

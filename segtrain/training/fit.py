@@ -9,7 +9,7 @@ import numpy as np
 from segtrain.checkpoint import load_checkpoint
 from segtrain.config import Config, stage_configs
 from segtrain.data.loading import worker_errors
-from segtrain.errors import DivergedError
+from segtrain.errors import CheckpointError, DivergedError
 from segtrain.runs import point_latest_at
 from segtrain.stopping import Stopped
 from segtrain.training.batch_size import images_at_once, too_large
@@ -93,7 +93,13 @@ def _first_state(setting: Setting, plans: list[Config], start: Start) -> Trainin
     """
     if start.resumed is not None and start.resumed_from is not None:
         training = start.resumed.training
-        plan = plans[min(training.get("stage", 0), len(plans) - 1)]
+        stage = training.get("stage")
+        if type(stage) is not int or not 0 <= stage < len(plans):
+            raise CheckpointError(
+                f"{start.resumed_from} is in a stage that its configuration does not have; "
+                "start a new run"
+            )
+        plan = plans[stage]
         state = resume(
             start.resumed,
             start.resumed_from,

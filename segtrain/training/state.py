@@ -110,16 +110,21 @@ def resume(
     state.epoch, state.global_step = checkpoint.epoch, checkpoint.global_step
     try:
         for key in _PLACE:
+            _expect(type(training[key]) is type(getattr(state, key)), key)
             setattr(state, key, training[key])
         state.history = training["history"]
+        _expect(all(type(row["val/person_iou"]) is float for row in state.history), "history")
+        _expect([row["epoch"] for row in state.history] == [*range(1, state.epoch + 1)], "history")
+        _expect({row["stage"] for row in state.history} <= {*range(1, state.stage + 2)}, "history")
         state.tally = Tally(device, training["tally"])
+        _expect(len(state.tally.sums) == len(Tally(device).sums), "tally")
         _load_optimizer(state.optimizer, training["optimizer"])
         if state.average is not None:
             state.average.model.load_state_dict(training["average"])
         # A scaler saved while it was disabled has no state: then a fresh one starts.
         if use_scaler and training["scaler"]:
             state.scaler.load_state_dict(training["scaler"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} does not hold the training state that this segtrain continues ({error}); "
             "finish it with the version that wrote it or start a new run"
@@ -221,6 +226,11 @@ def _checkpoint(
         metrics={key: value for key, value in last_row.items() if key.startswith("val/")},
         training=training,
     )
+
+
+def _expect(is_so: bool, what: str) -> None:
+    if not is_so:
+        raise ValueError(what)
 
 
 @torch.no_grad()
