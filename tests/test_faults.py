@@ -116,7 +116,7 @@ def killed_again_and_again(segtrain: Command, tmp_path: Path, rounds: int) -> No
 
 
 def test_every_run_that_is_killed_while_saving_goes_on(segtrain: Command, tmp_path: Path) -> None:
-    killed_again_and_again(segtrain, tmp_path, rounds=8)
+    killed_again_and_again(segtrain, tmp_path, rounds=6)
 
 
 @pytest.mark.slow
