@@ -418,7 +418,7 @@ def test_averaging_and_guarding_read_nothing_from_the_device(reads: list[str]) -
     reads.clear()
 
     average.update(1)
-    guard.look(suspicious=False)
+    guard.look()
 
     assert reads == []
 
@@ -466,12 +466,12 @@ def test_statistics_that_overflowed_are_put_back_and_good_ones_kept() -> None:
     guard = StatisticsGuard(model)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     model.train()(torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8))
-    guard.look(suspicious=False)
+    guard.look()
     good = [norm.running_var.clone() for norm in norms]
 
     norms[1].running_var.fill_(math.nan)
     norms[2].running_var.fill_(7.0)
-    guard.look(suspicious=True)
+    guard.look()
 
     assert torch.equal(norms[1].running_var, good[1])
     assert torch.equal(norms[2].running_var, torch.full_like(good[2], 7.0))

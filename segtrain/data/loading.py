@@ -4,18 +4,22 @@ import atexit
 import math
 import multiprocessing
 import os
+import re
+import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from segtrain.classes import IGNORE
 from segtrain.cores import usable_cores
@@ -28,6 +32,9 @@ from segtrain.stopping import SIGNALS
 
 # Where /dev/shm is full a worker's batch gets lost without a word, so nobody waits for ever.
 _PATIENCE = 120.0  # seconds for one batch
+_SHARED_MEMORY = Path("/dev/shm")
+# Batches that a loader process has ready, or is making, at any time.
+_BATCHES_A_WORKER = 2
 
 
 class Batch(TypedDict):
@@ -217,21 +224,66 @@ class SameSizeBatches(Sampler[list[int]]):
         return len(self.batches)
 
 
+class _Noted(Dataset[Item]):
+    """Pictures of which each worker process notes where it is, for when it dies there.
+
+    at: a row a worker, its pid, the index (-1: between two pictures), and when it began with it in
+        milliseconds.
+    """
+
+    def __init__(self, images: "TrainImages | EvalImages", workers: int) -> None:
+        self.images = images
+        self.at = [multiprocessing.RawArray("q", [0, -1, 0]) for _ in range(workers)]
+
+    def __getitem__(self, key: Any) -> Item:
+        worker = get_worker_info()
+        if worker is None:
+            return self.images[key]
+        index = key[1] if isinstance(key, tuple) else key
+        self.at[worker.id][:] = (os.getpid(), index, int(time.monotonic() * 1000))
+        item = self.images[key]
+        self.at[worker.id][1] = -1
+        return item
+
+    def suspect(self, error: str) -> Path | None:
+        """The picture that the worker was at of which torch says `error`; None where none was."""
+        # "(pid 17) is killed", "(pid(s) 17, 18) exited unexpectedly", or a time-out, without pids.
+        named = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", error)
+        dead = {int(pid) for pid in named[1].split(",")} if named else None
+        rows = [tuple(row) for row in self.at]
+        rows = [row for row in rows if row[1] >= 0 and (dead is None or row[0] in dead)]
+        if not rows:
+            return None
+        # Of several the one that has been at its picture for the longest hangs.
+        _, index, _ = min(rows, key=lambda row: row[2])
+        return self.images.source.picture_path(index)
+
+
 @contextmanager
-def worker_errors() -> Iterator[None]:
+def worker_errors(*loaders: "Batches") -> Iterator[None]:
     """Make a ResourceError of the death or silence of a worker process.
 
     torch tells of a dead worker by a signal, so wherever the main process is at that moment: put
     this around whatever is done with the batches, too.
+
+    Args:
+        loaders: whose workers it may be; they know the picture that was the last.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # torch says "Caught RuntimeError in DataLoader worker" of a bug in here.
-        if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
+        text = str(error)
+        if text.startswith("Caught MemoryError in DataLoader worker"):
+            raise ResourceError(
+                "a loader process has no memory left; try fewer --workers or a smaller batch"
+            ) from error
+        if not text.startswith(("DataLoader worker (pid", "DataLoader timed out")):
             raise
+        suspects = [path for loader in loaders if (path := loader.suspect(text)) is not None]
+        at = f" at {suspects[0]}" if suspects else ""
         raise ResourceError(
-            "a loader process died or hangs, perhaps for lack of memory or /dev/shm; "
+            f"a loader process died or hangs{at}, perhaps for lack of memory or /dev/shm; "
             "try --workers 0 or a smaller batch"
         ) from error
 
@@ -254,13 +306,18 @@ class Batches:
         self.never_empty = never_empty
         self.damaged: set[str] = set()
 
+    def suspect(self, error: str) -> Path | None:
+        """The picture at which a worker stopped; `error` is what torch says of it."""
+        images = self.loader.dataset
+        return images.suspect(error) if isinstance(images, _Noted) else None
+
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         sampler = self.loader.sampler
         num_drawn = sampler.num_done if isinstance(sampler, EpochSampler) else 0
-        with worker_errors():
+        with worker_errors(self):
             with _signals_blocked():  # here the worker processes are made
                 batches = iter(self.loader)
             for batch in batches:
@@ -315,7 +372,7 @@ def train_batches(
         lengths or [len(source)], seed, weights=weights, rank=rank, world_size=world_size
     )
     loader = DataLoader(
-        TrainImages(source, transform, seed, border_sigma),
+        _Noted(TrainImages(source, transform, seed, border_sigma), workers),
         batch_size=batch_size,
         sampler=sampler,
         **_loader_options(workers, pin_memory),
@@ -336,7 +393,7 @@ def eval_batches(
     """Every picture once, whole, in batches of one original size."""
     sampler = SameSizeBatches(source, batch_size, rank=rank, world_size=world_size)
     loader = DataLoader(
-        EvalImages(source, image_size),
+        _Noted(EvalImages(source, image_size), workers),
         batch_sampler=sampler,
         **_loader_options(workers, pin_memory),
     )
@@ -348,6 +405,28 @@ def resolve_workers(workers: int | Literal["auto"]) -> int:
     if workers == "auto":
         return min(8, max(1, usable_cores() // 2))
     return workers
+
+
+def check_shared_memory(batches: Batches, *, bytes_a_batch: int) -> None:
+    """Make sure that the batches that worker processes have ready fit into shared memory.
+
+    Args:
+        bytes_a_batch: of a full one, at least.
+
+    Raises:
+        ResourceError: they do not; in the midst of the training a batch would get lost, or the
+            worker be killed.
+    """
+    workers = batches.loader.num_workers
+    if not workers or not _SHARED_MEMORY.is_dir():
+        return
+    needed = min(workers * _BATCHES_A_WORKER, len(batches)) * bytes_a_batch
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if free < needed:
+        raise ResourceError(
+            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, the batches of {workers} loader "
+            f"processes need {needed / 1e6:.0f}; use --workers 0, or docker run --shm-size=8g"
+        )
 
 
 def collate(items: list[Item]) -> Batch:

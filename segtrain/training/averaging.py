@@ -1,6 +1,8 @@
 """A moving average of a network's weights, which validates better than the last weights do."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +53,17 @@ class StatisticsGuard:
         self._good: list[Tensor] = [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()
-    def look(self, *, suspicious: bool) -> None:
-        """Remember the statistics, or where that is `suspicious` put back those not finite."""
-        if suspicious:
-            for buffer, good in zip(self._buffers, self._good, strict=True):
-                torch.where(buffer.isfinite().all(), buffer, good, out=buffer)
+    def look(self) -> None:
+        """Put back the statistics that are not finite, and remember all of them."""
+        for buffer, good in zip(self._buffers, self._good, strict=True):
+            torch.where(buffer.isfinite().all(), buffer, good, out=buffer)
         if self._buffers:
             torch._foreach_copy_(self._good, self._buffers)
+
+    @contextmanager
+    def leaving_good_ones(self) -> Iterator[None]:
+        """Whatever ends what is done within, statistics that are not finite are put back."""
+        try:
+            yield
+        finally:
+            self.look()

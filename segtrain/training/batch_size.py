@@ -39,15 +39,30 @@ def images_at_once(setting: Setting, config: Config, model: nn.Module) -> int:
     return fits
 
 
-def too_large(setting: Setting, config: Config, model: nn.Module, tried: int) -> ResourceError:
-    """The error for a step that did not fit, with the batch size that does."""
+def smaller_number(setting: Setting, config: Config, model: nn.Module, tried: int) -> int:
+    """How many pictures to go on with at once after `tried` of them did not fit.
+
+    Args:
+        config: of the stage that the training is in.
+
+    Raises:
+        ResourceError: no number fits, or the user has chosen the one that does not.
+    """
     fits = fitting_number(lambda number: _rehearse(setting, config, model, number), tried // 2)
     if not fits:
-        return ResourceError(
+        raise ResourceError(
             f"out of memory with {tried} pictures at once, and fewer do not fit either; the state "
             "before is saved; lower --image-size or choose a smaller --model in a new run"
         )
-    return ResourceError(
+    # What a stage says of its batches no option can change; to let it go on is what is left.
+    chosen = config.train.batch_size == setting.config.train.batch_size != "auto"
+    if not chosen and setting.world.size == 1:
+        setting.log.warn(
+            f"out of memory with {tried} pictures at once; from here on {fits}, the steps stay "
+            f"those of {config.train.images_a_step}"
+        )
+        return fits
+    raise ResourceError(
         f"out of memory with {tried} pictures at once, {fits} fit; the state before is saved; "
         "continue with --resume auto --batch-size auto "
         f"--set train.effective_batch={config.train.images_a_step}"

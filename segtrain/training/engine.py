@@ -83,6 +83,10 @@ class Tally:
             skipped_in_a_row=int(worst),
         )
 
+    def forget_row(self) -> None:
+        """Steps left out in a row are counted from here on."""
+        self.sums[5:] = 0
+
     def of_next_epoch(self) -> "Tally":
         """A fresh one that goes on counting steps left out in a row."""
         fresh = Tally(self.sums.device)

@@ -1,6 +1,7 @@
 """One pass over the training pictures: its steps, what is shown of them, and when it must end."""
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -55,7 +56,9 @@ def train_one_epoch(
 
     Raises:
         Stopped: a signal came to one of the processes; the state is that after the last step.
-        Diverging, NoMemory: the state is that before the bad steps, but for running statistics.
+        Diverging: the state is that before the bad steps, but for batch norm's statistics, which
+            are finite.
+        NoMemory: likewise; nothing holds on to the memory that the step has taken.
     """
     config, device, world = stage.config, setting.device, setting.world
     if isinstance(state.model, EncoderUNet):
@@ -65,6 +68,8 @@ def train_one_epoch(
     stage.train_set.set_epoch(state.epoch, num_done=state.images_drawn)
     guard = StatisticsGuard(*_averaged_too(state))
     num_steps = config.train.epochs * len_of_epoch(stage)
+    # Of this epoch there may have been a part before, whose seconds nobody counts here.
+    state.tally.num_images, state.tally.seconds_waited = 0, 0.0
     started = last_save = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -84,7 +89,11 @@ def train_one_epoch(
     )
     if world.any(requested()):
         raise Stopped(signal_received())
-    with _training_bar(setting, stage, state) as bar, _memory_errors():
+    with (
+        _training_bar(setting, stage, state) as bar,
+        guard.leaving_good_ones(),
+        memory_errors(),
+    ):
         for step in steps:
             state.global_step += 1
             state.stage_step += 1
@@ -136,9 +145,9 @@ def _look(setting: Setting, state: TrainingState, guard: StatisticsGuard) -> Fou
     Raises:
         Diverging: too many of them in a row were left out.
     """
-    before = state.num_skipped
+    # Also where all steps were good: a batch without a pixel that counts has no bad gradient.
+    guard.look()
     found = state.tally.read()
-    guard.look(suspicious=found.skipped > before)
     state.num_skipped = found.skipped
     limit = _TOO_MANY_FP16 if setting.use_scaler else _TOO_MANY
     if found.skipped_in_a_row >= limit:
@@ -156,12 +165,16 @@ def _is_due(save_every: str | None, last_save: float) -> bool:
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
+    """Make NoMemory of whatever says that there is none left."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        # The frames that the error has come through hold the step's activations. They would be in
+        # the way when a smaller number of pictures is tried.
+        traceback.clear_frames(error.__traceback__)
         raise NoMemory(str(error)) from error
 
 

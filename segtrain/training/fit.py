@@ -12,8 +12,8 @@ from segtrain.data.loading import worker_errors
 from segtrain.errors import CheckpointError, DivergedError
 from segtrain.runs import point_latest_at
 from segtrain.stopping import Stopped
-from segtrain.training.batch_size import images_at_once, too_large
-from segtrain.training.epoch import Diverging, NoMemory, train_one_epoch
+from segtrain.training.batch_size import images_at_once, smaller_number
+from segtrain.training.epoch import Diverging, NoMemory, memory_errors, train_one_epoch
 from segtrain.training.logs import Row, RunLog
 from segtrain.training.network import make_ready
 from segtrain.training.outputs import RunOutputs
@@ -64,16 +64,19 @@ def fit(start: Start, log: RunLog) -> FitResult:
             if _is_done(plans[state.stage], state):
                 state = _begin_next_stage(setting, plans, state)
             if stage is None or stage.number != state.stage:
-                stage = open_stage(setting, state.stage, plans[state.stage])
+                if stage is not None:
+                    _tell_of_damage(log, stage)
+                stage = open_stage(setting, state.stage, plans[state.stage], state.images_at_once)
             try:
                 row = _epoch(setting, stage, state)
             except Diverging as diverging:
                 state = _gone_back(setting, stage.config, state, diverging)
                 continue
-            except NoMemory as error:
-                state.optimizer.zero_grad(set_to_none=True)
-                _save_last(setting, state)
-                raise too_large(setting, stage.config, state.model, state.images_at_once) from error
+            except NoMemory:
+                _lower_images_at_once(setting, stage.config, state)
+                _tell_of_damage(log, stage)
+                stage = None  # its validation batches were of the larger number
+                continue
             _conclude(setting, stage, state, row, outputs)
             if setting.world.is_first:
                 pictures = list(samples(setting, stage, state.judged_model))
@@ -93,13 +96,13 @@ def _first_state(setting: Setting, plans: list[Config], start: Start) -> Trainin
     """
     if start.resumed is not None and start.resumed_from is not None:
         training = start.resumed.training
-        stage = training.get("stage")
-        if type(stage) is not int or not 0 <= stage < len(plans):
+        number = training.get("stage")
+        if type(number) is not int or not 0 <= number < len(plans):
             raise CheckpointError(
                 f"{start.resumed_from} is in a stage that its configuration does not have; "
                 "start a new run"
             )
-        plan = plans[stage]
+        plan = plans[number]
         state = resume(
             start.resumed,
             start.resumed_from,
@@ -109,7 +112,8 @@ def _first_state(setting: Setting, plans: list[Config], start: Start) -> Trainin
         )
         if setting.use_scaler and not training["scaler"]:
             setting.log.warn("the run was not in fp16 before: its gradient scaler starts afresh")
-        looked_before = start.resumed.config.train.batch_size == "auto"
+        before = stage_configs(start.resumed.config)
+        looked_before = before[min(number, len(before) - 1)].train.batch_size == "auto"
         if plan.train.batch_size != "auto" or not looked_before:
             state.images_at_once = images_at_once(setting, plan, state.model)
         if start.resumed_from != setting.run.last:
@@ -135,6 +139,8 @@ def _begin_next_stage(setting: Setting, plans: list[Config], state: TrainingStat
     plan = plans[state.stage + 1]
     new = next_stage(state, plan, setting.run.best, setting.device, use_scaler=setting.use_scaler)
     new.images_at_once = images_at_once(setting, plan, new.model)
+    # What diverges in this stage must not go back into the one before.
+    _save_last(setting, new)
     _make_ready(setting, new)
     return new
 
@@ -157,12 +163,24 @@ def _gone_back(
     )
     new.images_at_once = state.images_at_once
     new.lr_factor, new.went_back_in = state.lr_factor / 2, state.epoch
+    new.tally.forget_row()
     _make_ready(setting, new)
     setting.log.warn(
         f"{diverging}: back to the state after step {new.global_step}, with the learning rate "
         f"times {new.lr_factor:g}"
     )
     return new
+
+
+def _lower_images_at_once(setting: Setting, plan: Config, state: TrainingState) -> None:
+    """Save what there was before the step that did not fit, and look for what does fit.
+
+    Raises:
+        ResourceError: with the advice how to go on, unless the number is ours to choose.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    _save_last(setting, state)
+    state.images_at_once = smaller_number(setting, plan, state.model, state.images_at_once)
 
 
 def _make_ready(setting: Setting, state: TrainingState) -> None:
@@ -183,14 +201,15 @@ def _epoch(setting: Setting, stage: Stage, state: TrainingState) -> Row:
     """Train and judge once. Where a signal comes, what there is until then is saved."""
     started = time.perf_counter()
     try:
-        with worker_errors():
+        with worker_errors(stage.train_set):
             trained = train_one_epoch(
                 setting, stage, state, save=partial(_save_last, setting, state)
             )
         model = state.judged_model
-        if stage.config.train.bn_eval == "recalibrate":
-            measure_statistics(setting, stage, model, state.images_at_once)
-        metrics = validate(setting, stage, model)
+        with memory_errors():
+            if stage.config.train.bn_eval == "recalibrate":
+                measure_statistics(setting, stage, model, state.images_at_once)
+            metrics = validate(setting, stage, model)
     except Stopped as stopped:
         _save_last(setting, state)
         raise Stopped(

@@ -13,7 +13,12 @@ _WORDS = ("can't allocate memory", "out of memory", "insufficient memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, of the device or of the machine."""
+    """Whether an error says that there is no memory left, of the device or of the machine.
+
+    What loader processes lack is another matter: the network's batch has no part in it.
+    """
+    if "in DataLoader worker" in str(error):
+        return False
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in _WORDS)
 
 

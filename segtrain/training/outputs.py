@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -28,7 +28,8 @@ class RunOutputs:
 
     def __init__(self, run: RunFolder, log: RunLog, *, tensorboard: bool) -> None:
         self._run, self._log = run, log
-        self._board = _open_board(run.path / "tensorboard") if tensorboard else None
+        self._tensorboard = tensorboard
+        self._board: SummaryWriter | None = None
 
     def __enter__(self) -> "RunOutputs":
         return self
@@ -59,7 +60,10 @@ class RunOutputs:
         write_curves(self._run.curves, history)
         if samples:
             write_samples(self._run.samples(row["epoch"]), samples)
-        if self._board is not None:
+        if self._tensorboard:
+            # Not before there is something to write: a finished run started again stays as it is.
+            if self._board is None:
+                self._board = _open_board(self._run.path / "tensorboard")
             for key, value in row.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(key, value, row["epoch"])
@@ -76,8 +80,8 @@ class RunOutputs:
         )
         if row["skipped_steps"]:
             self._log.warn(
-                f"epoch {row['epoch']}: {row['skipped_steps']} steps left out, for their loss or "
-                "gradient was not finite"
+                f"epoch {row['epoch']}: steps left out, for their loss or gradient was not finite: "
+                f"{row['skipped_steps']}"
             )
         if answer := collapsed(history):
             self._log.warn(
@@ -138,7 +142,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
-def _open_board(folder: Path) -> "SummaryWriter | Any":
+def _open_board(folder: Path) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder))

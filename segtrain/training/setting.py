@@ -8,7 +8,13 @@ import torch
 
 from segtrain.config import Config
 from segtrain.data import Pictures
-from segtrain.data.loading import Batches, eval_batches, resolve_workers, train_batches
+from segtrain.data.loading import (
+    Batches,
+    check_shared_memory,
+    eval_batches,
+    resolve_workers,
+    train_batches,
+)
 from segtrain.data.transforms import train_transform
 from segtrain.devices import (
     Autocast,
@@ -100,12 +106,16 @@ def open_setting(start: Start, log: RunLog) -> Setting:
     )
 
 
-def open_stage(setting: Setting, number: int, config: Config) -> Stage:
+def open_stage(setting: Setting, number: int, config: Config, images_at_once: int) -> Stage:
     """Loaders and loss of a stage.
 
     Args:
         number: counted from 0.
         config: what the stage goes by.
+        images_at_once: pictures that the memory holds; in validation, too.
+
+    Raises:
+        ResourceError: there is too little shared memory for the loader processes.
     """
     world = setting.world
     shared: dict[str, Any] = {
@@ -124,11 +134,17 @@ def open_stage(setting: Setting, number: int, config: Config) -> Stage:
         border_sigma=config.loss.border_sigma if config.loss.name == "border_ce" else None,
         **shared,
     )
+    # Three bytes a pixel and one of its mask; of whole pictures, which are larger, at least that.
+    a_picture = 4 * config.data.image_size**2
+    check_shared_memory(
+        train_set,
+        bytes_a_batch=a_picture * min(config.train.images_a_step, train_set.num_images),
+    )
     val_set = eval_batches(
         setting.val_source,
         image_size=config.data.image_size,
         # By its own statistics a picture is judged alone.
-        batch_size=1 if config.train.bn_eval == "batch" else config.train.images_at_once,
+        batch_size=1 if config.train.bn_eval == "batch" else images_at_once,
         **shared,
     )
     return Stage(

@@ -28,7 +28,7 @@ def measure_statistics(setting: Setting, stage: Stage, model: nn.Module, at_once
     """
     total = min(NUM_TO_RECALIBRATE, stage.train_set.num_images)
     stage.train_set.set_epoch(stage.train_set.epoch)  # from its beginning
-    with progress_bar(total=total, desc="measuring") as bar, worker_errors():
+    with progress_bar(total=total, desc="measuring") as bar, worker_errors(stage.train_set):
         recalibrate(
             model,
             (piece for batch in stage.train_set for piece in pieces(batch, at_once)),
@@ -45,7 +45,8 @@ def validate(setting: Setting, stage: Stage, model: nn.Module) -> dict[str, floa
     Raises:
         Stopped: a signal came.
     """
-    with progress_bar(total=stage.val_set.num_images, desc="validating") as bar, worker_errors():
+    total = stage.val_set.num_images
+    with progress_bar(total=total, desc="validating") as bar, worker_errors(stage.val_set):
         confusion = evaluate(
             model,
             stage.val_set,
