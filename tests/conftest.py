@@ -81,6 +81,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For files with many toy runs, most of whose seconds go into drawing their curves."""
+    monkeypatch.setattr("segtrain.training.outputs.write_curves", lambda path, history: None)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Real people, where a checkout has them beside it: never part of the project."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from segtrain.checkpoint import load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
 
 # The toy data set has eight pictures: four steps an epoch.
 STEPS = 4
