@@ -2,17 +2,24 @@
 
 import contextlib
 import errno
+import gc
 import hashlib
+import multiprocessing
 import os
 import random
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,11 +27,13 @@ import numpy.typing as npt
 import pytest
 import torch
 from coco_fixtures import image_row, make_toy_coco, write_coco
+from conftest import Command, Finished
+from faults import TINY, assert_one_error, digests
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import get_worker_info
 
-import segtrain
+import segtrain as segtrain_package
 from segtrain.data.borders import border_map
 from segtrain.data.coco import CocoPeople
 from segtrain.data.loading import (
@@ -34,9 +43,11 @@ from segtrain.data.loading import (
     EpochSampler,
     SameSizeBatches,
     TrainImages,
+    check_shared_memory,
     eval_batches,
     resolve_workers,
     train_batches,
+    worker_errors,
 )
 from segtrain.data.sample import Catalog, Sample, tolerated
 from segtrain.data.transforms import TrainTransform
@@ -551,16 +562,205 @@ def test_the_toy_data_set_loads_without_a_loss(tmp_path: Path) -> None:
     assert sorted(people) == [False, True, True]
 
 
+@pytest.fixture
+def _dead_workers() -> Iterator[None]:
+    """For tests that make some: torch remembers them as long as their loader is anywhere."""
+    yield
+    gc.collect()
+
+
 class KilledWorkers(PicturesWithFaults):
+    """A decoder that is killed, or goes through a null pointer."""
+
+    signal = signal.SIGKILL
+
     def fail(self, index: int) -> None:
         assert get_worker_info() is not None  # or pytest itself would go
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), self.signal)
 
 
-def test_a_killed_worker_is_a_resource_error() -> None:
-    loader = training(KilledWorkers({5}), workers=1)
-    with pytest.raises(ResourceError, match="--workers 0"):
+class CrashedWorkers(KilledWorkers):
+    signal = signal.SIGSEGV
+
+
+@pytest.mark.usefixtures("_dead_workers")
+@pytest.mark.parametrize("kind", [KilledWorkers, CrashedWorkers])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("load", [training, evaluation])
+def test_a_dead_worker_is_a_resource_error_that_names_the_picture(
+    kind: type[KilledWorkers], workers: int, load: Callable[..., Batches]
+) -> None:
+    loader = load(kind({5}), workers=workers, batch_size=1)
+    with pytest.raises(ResourceError, match=r"died or hangs at picture 5, .*--workers 0"):
         list(loader)
+
+
+class HangingWorkers(PicturesWithFaults):
+    def fail(self, index: int) -> None:
+        assert get_worker_info() is not None
+        time.sleep(300)
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segtrain.data.loading._PATIENCE", 1.0)
+    # So long torch waits for a worker to end by itself.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+
+
+@pytest.mark.usefixtures("_impatient", "_dead_workers")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_hangs_is_a_resource_error_in_time_and_is_ended(workers: int) -> None:
+    loader = training(HangingWorkers({5}), workers=workers, batch_size=1)
+    before = children()
+    started = time.monotonic()
+
+    with pytest.raises(ResourceError, match="hangs at picture 5"):
+        list(loader)
+
+    assert time.monotonic() - started < 8
+    del loader
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while children() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not children() - before
+
+
+def children() -> set[int]:
+    """Processes that this one has started and that still run."""
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
+
+
+class DiesWhileOthersWork(PicturesWithFaults):
+    """Picture 5 kills its worker while the other one is at picture 4, and was there before."""
+
+    def fail(self, index: int) -> None:
+        if index == 5:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3)
+
+
+@pytest.mark.usefixtures("_impatient", "_dead_workers")
+def test_the_dead_worker_is_meant_and_not_the_slow_one() -> None:
+    loader = evaluation(DiesWhileOthersWork({4, 5}, [(24, 24)] * 6), workers=2, batch_size=1)
+    with pytest.raises(ResourceError, match="at picture 5,"):
+        list(loader)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])
+def test_a_worker_that_dies_while_its_batch_is_fetched_is_a_resource_error(
+    error: type[Exception],
+) -> None:
+    """The batch's memory comes through a socket, and torch lets that error out as it is."""
+
+    class Broken:
+        num_workers, sampler, dataset = 1, None, None
+
+        def __iter__(self) -> Iterator[Batch]:
+            raise error(errno.ECONNRESET, "Connection reset by peer")
+            yield
+
+    with pytest.raises(ResourceError, match="--workers 0"):
+        list(Batches(Broken(), 9))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("_dead_workers", "no_curves")
+def test_a_training_whose_worker_is_killed_ends_with_5_and_keeps_its_checkpoints(
+    segtrain: Command, toy_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_call = TrainTransform.__call__
+
+    def call(transform: TrainTransform, sample: Sample, **key: Any) -> Sample:
+        if key["epoch"] == 1 and key["index"] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return true_call(transform, sample, **key)
+
+    command = ["train", "--data", toy_coco, *TINY, "--batch-size", "2", "--workers", "2"]
+    command += ["--name", "toy"]
+    assert segtrain(*command, "--epochs", "1").code == 0
+    before = digests(Path("runs/toy"))
+    monkeypatch.setattr(TrainTransform, "__call__", call)
+
+    finished = segtrain(*command, "--epochs", "2", "--resume", "auto")
+
+    line = assert_one_error(finished, 5)
+    assert "000000000004.png" in line  # the fourth picture of the training split
+    assert digests(Path("runs/toy")) == before
+
+
+# Where nobody may mount anything there is nothing to try it in.
+CAN_MOUNT = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+@pytest.mark.slow
+def test_a_training_with_a_tiny_shared_memory_says_so_at_once(tmp_path: Path) -> None:
+    if subprocess.run([*CAN_MOUNT, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system of its own")
+    root = make_toy_coco(tmp_path / "coco", size=(320, 320))
+    train = [sys.executable, "-m", "segtrain", "train", "--data", root, *TINY, "--epochs", "1"]
+    train += ["--batch-size", "4", "--workers", "2", "--image-size", "320"]
+    tiny = f"mount -t tmpfs -o size=1m none /dev/shm && exec {shlex.join(map(str, train))}"
+    python_path = str(Path(segtrain_package.__file__).parents[1])
+
+    done = subprocess.run(
+        [*CAN_MOUNT, "sh", "-c", tiny],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": python_path},
+    )
+
+    line = assert_one_error(Finished(done.returncode, done.stdout, done.stderr), 5)
+    assert "/dev/shm has 1 MB free" in line
+    assert "--workers 0" in line
+
+
+class DiesBetweenPictures(PicturesWithFaults):
+    """The worker ends after it has handed the picture on: nobody can say that it was this one."""
+
+    def fail(self, index: int) -> None:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+@pytest.mark.usefixtures("_dead_workers")
+def test_no_picture_is_named_where_none_was_being_read() -> None:
+    loader = training(DiesBetweenPictures({8}, [(24, 24)] * 9), workers=1, batch_size=9)
+
+    def train() -> None:
+        with worker_errors(loader):
+            for _ in loader:
+                time.sleep(3)  # torch tells of it while the trainer is at work
+
+    with pytest.raises(ResourceError, match="a loader process died or hangs, perhaps"):
+        train()
+
+
+class NoMemoryToDecode(PicturesWithFaults):
+    def fail(self, index: int) -> None:
+        raise MemoryError("Unable to allocate 9 GiB")
+
+
+def test_a_worker_without_memory_is_a_resource_error_about_workers() -> None:
+    with pytest.raises(ResourceError, match="fewer --workers"):
+        list(training(NoMemoryToDecode({5}), workers=1))
+
+
+def test_too_little_shared_memory_is_found_before_the_first_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def free(path: Path) -> shutil._ntuple_diskusage:
+        assert path == Path("/dev/shm")
+        return shutil._ntuple_diskusage(1_000_000, 0, 1_000_000)
+
+    monkeypatch.setattr("segtrain.data.loading.shutil.disk_usage", free)
+    two, none = training(Pictures(), workers=2), training(Pictures())
+
+    # Two workers could have four batches ready, but an epoch has three.
+    check_shared_memory(two, bytes_a_batch=333_333)
+    check_shared_memory(none, bytes_a_batch=10**12)
+    with pytest.raises(ResourceError, match=r"1 MB free.*need 2; use --workers 0"):
+        check_shared_memory(two, bytes_a_batch=500_000)
 
 
 class GroupsOfTheirWorkers(Pictures):
@@ -626,7 +826,7 @@ raise SystemExit(3)
 
 def test_a_program_that_ends_in_mid_epoch_does_not_wait_for_its_workers() -> None:
     """Workers that ignore SIGTERM outlive the way in which multiprocessing ends its children."""
-    folders = [Path(segtrain.__file__).parents[1], Path(__file__).parent]
+    folders = [Path(segtrain_package.__file__).parents[1], Path(__file__).parent]
     process = subprocess.Popen(
         [sys.executable, "-c", LEAVE_IN_MID_EPOCH],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},

@@ -363,6 +363,7 @@ def test_batches_of_two_times_three_are_batches_of_six(
     """The epoch's last group is smaller: sixteen pictures are steps of six, six and four."""
     data = make_toy_coco(tmp_path / "sixteen", num_train=16, num_val=2)
     steps = Steps(monkeypatch, at(set()))
+
     def run(name: str, *arguments: str) -> list[dict[str, Any]]:
         finished = train("--epochs", "2", *arguments, name=name, data=data)
         assert finished.code == 0, finished.err

@@ -4,15 +4,17 @@ import atexit
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 import cv2
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from segtrain.classes import IGNORE
 from segtrain.cores import usable_cores
@@ -245,17 +248,15 @@ class _Noted(Dataset[Item]):
         self.at[worker.id][1] = -1
         return item
 
-    def suspect(self, error: str) -> Path | None:
-        """The picture that the worker was at of which torch says `error`; None where none was."""
-        # "(pid 17) is killed", "(pid(s) 17, 18) exited unexpectedly", or a time-out, without pids.
-        named = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", error)
-        dead = {int(pid) for pid in named[1].split(",")} if named else None
-        rows = [tuple(row) for row in self.at]
-        rows = [row for row in rows if row[1] >= 0 and (dead is None or row[0] in dead)]
+    def suspect(self) -> Path | None:
+        """The picture that a worker died at or hangs at; None where it was between two."""
+        alive = {child.pid for child in multiprocessing.active_children()}
+        rows = [tuple(row) for row in self.at if row[1] >= 0]
+        dead = [row for row in rows if row[0] not in alive]
         if not rows:
             return None
         # Of several the one that has been at its picture for the longest hangs.
-        _, index, _ = min(rows, key=lambda row: row[2])
+        _, index, _ = min(dead or rows, key=lambda row: row[2])
         return self.images.source.picture_path(index)
 
 
@@ -273,19 +274,48 @@ def worker_errors(*loaders: "Batches") -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         # torch says "Caught RuntimeError in DataLoader worker" of a bug in here.
-        text = str(error)
-        if text.startswith("Caught MemoryError in DataLoader worker"):
+        if str(error).startswith("Caught MemoryError in DataLoader worker"):
             raise ResourceError(
                 "a loader process has no memory left; try fewer --workers or a smaller batch"
             ) from error
-        if not text.startswith(("DataLoader worker (pid", "DataLoader timed out")):
+        if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
             raise
-        suspects = [path for loader in loaders if (path := loader.suspect(text)) is not None]
-        at = f" at {suspects[0]}" if suspects else ""
-        raise ResourceError(
-            f"a loader process died or hangs{at}, perhaps for lack of memory or /dev/shm; "
-            "try --workers 0 or a smaller batch"
-        ) from error
+        raise _lost_worker(loaders) from error
+
+
+@contextmanager
+def _lost_connections(loader: "Batches") -> Iterator[None]:
+    """As `worker_errors`, where a batch was just being fetched from the worker that died."""
+    try:
+        yield
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if not loader.loader.num_workers or "in DataLoader worker" in str(error):
+            raise
+        raise _lost_worker([loader]) from error
+
+
+def _lost_worker(loaders: "Iterable[Batches]") -> ResourceError:
+    _hear_no_more()
+    suspects = [path for loader in loaders if (path := loader.suspect()) is not None]
+    at = f" at {suspects[0]}" if suspects else ""
+    return ResourceError(
+        f"a loader process died or hangs{at}, perhaps for lack of memory or /dev/shm; "
+        "try --workers 0 or a smaller batch"
+    )
+
+
+def _hear_no_more() -> None:
+    """Of workers that have died: each one's end would raise the same error again, wherever.
+
+    torch begins to listen again with the next loader.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # torch does not listen there, either
+    for _ in range(2):
+        # A signal that is waiting is delivered first, and raises.
+        with suppress(RuntimeError):
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal_handling._SIGCHLD_handler_set = False
 
 
 class Batches:
@@ -306,10 +336,10 @@ class Batches:
         self.never_empty = never_empty
         self.damaged: set[str] = set()
 
-    def suspect(self, error: str) -> Path | None:
-        """The picture at which a worker stopped; `error` is what torch says of it."""
+    def suspect(self) -> Path | None:
+        """The picture at which a worker has stopped, as far as it can be known."""
         images = self.loader.dataset
-        return images.suspect(error) if isinstance(images, _Noted) else None
+        return images.suspect() if isinstance(images, _Noted) else None
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -317,7 +347,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         sampler = self.loader.sampler
         num_drawn = sampler.num_done if isinstance(sampler, EpochSampler) else 0
-        with worker_errors(self):
+        with worker_errors(self), _lost_connections(self):
             with _signals_blocked():  # here the worker processes are made
                 batches = iter(self.loader)
             for batch in batches:
@@ -519,3 +549,12 @@ atexit.register(_end_workers)
 def _begin_worker(worker: int) -> None:
     os.setpgid(0, 0)  # a terminal that is closed signals its group, too
     cv2.setNumThreads(0)
+    sys.excepthook = _tell_of_other_than_lost_connections
+
+
+def _tell_of_other_than_lost_connections(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """multiprocessing's thread in a worker tells of each batch that its parent no longer wants."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)

@@ -260,7 +260,7 @@ def _catch_up(setting: Setting, plan: Config, state: TrainingState, outputs: Run
         return
     pictures = []
     if not state.images_drawn and state.stage_epoch:  # the network is still that of the epoch
-        stage = open_stage(setting, state.stage, plan)
+        stage = open_stage(setting, state.stage, plan, state.images_at_once)
         pictures = list(samples(setting, stage, state.judged_model))
     outputs.write(state.history, pictures)
 
