@@ -259,6 +259,12 @@ class _Noted(Dataset[Item]):
         _, index, _ = min(dead or rows, key=lambda row: row[2])
         return self.images.source.picture_path(index)
 
+    def end_workers(self) -> None:
+        """One that hangs does not look at its queue, and SIGTERM, which torch sends, is blocked."""
+        for child in multiprocessing.active_children():
+            if child.pid in {row[0] for row in self.at}:
+                child.kill()
+
 
 @contextmanager
 def worker_errors(*loaders: "Batches") -> Iterator[None]:
@@ -298,6 +304,8 @@ def _lost_worker(loaders: "Iterable[Batches]") -> ResourceError:
     _hear_no_more()
     suspects = [path for loader in loaders if (path := loader.suspect()) is not None]
     at = f" at {suspects[0]}" if suspects else ""
+    for loader in loaders:
+        loader.end_workers()
     return ResourceError(
         f"a loader process died or hangs{at}, perhaps for lack of memory or /dev/shm; "
         "try --workers 0 or a smaller batch"
@@ -340,6 +348,11 @@ class Batches:
         """The picture at which a worker has stopped, as far as it can be known."""
         images = self.loader.dataset
         return images.suspect() if isinstance(images, _Noted) else None
+
+    def end_workers(self) -> None:
+        """Kill the worker processes: they hang, or others have died."""
+        if isinstance(self.loader.dataset, _Noted):
+            self.loader.dataset.end_workers()
 
     def __len__(self) -> int:
         return len(self.loader)
