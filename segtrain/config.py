@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from segtrain.errors import UsageError
 
@@ -21,6 +22,11 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 BnEval = Literal["running", "batch", "recalibrate"]
 Tree = dict[str, Any]
+
+
+def _off(value: Any) -> Any:
+    """YAML takes a bare off for the opposite of true."""
+    return "off" if value is False else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +191,7 @@ class TrainConfig:
     """Validate and keep a moving average of the weights, e.g. 0.999."""
     precision: Precision = "auto"
     """auto: bf16 where the device computes it natively, else fp32."""
-    compile: Literal["off", "blocks", "full"] = "off"
+    compile: Annotated[Literal["off", "blocks", "full"], BeforeValidator(_off)] = "off"
     """torch.compile of each block of the network, or of the whole."""
     bn_eval: BnEval = "running"
     """Batch norm outside training: running statistics, those of each picture itself (the Tiramisu
@@ -337,7 +343,10 @@ def stage_configs(config: Config) -> list[Config]:
                 raise UsageError(f"stage {number} cannot set {section}.{fixed[0]}; drop it there")
             tree[section].update(deltas)
         tree["train"]["epochs"] = stage.epochs
-        configs.append(config_from_tree(tree))
+        try:
+            configs.append(config_from_tree(tree))
+        except UsageError as error:
+            raise UsageError(f"stage {number}: {error}") from None
     return configs
 
 
@@ -473,6 +482,8 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     location = [str(part) for part in problem["loc"]]
     dotted = ".".join(location[:2])
+    if location[:1] == ["stages"]:
+        return _problem_of_stage(problem)
     if problem["type"] == "unexpected_keyword_argument":
         section = next(f for f in fields(Config) if f.name == location[0])
         known = [f.name for f in fields(section.default_factory)]  # type: ignore[arg-type]
@@ -480,6 +491,18 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     return f"{dotted}: {problem['msg'].lower()}, but it is {problem['input']!r}"
+
+
+def _problem_of_stage(problem: ErrorDetails) -> str:
+    _, number, *keys = problem["loc"]
+    stage = f"stage {int(number) + 2}"  # counted from 1, and the sections are the first
+    if problem["type"] == "unexpected_keyword_argument":
+        known = [f.name for f in fields(Stage)]
+        return f"{stage}: unknown key {keys[0]!r}{_nearest(str(keys[0]), known)}"
+    if problem["type"] == "missing":
+        return f"{stage}: {keys[0]} is missing"
+    where = f"{stage}: {keys[0]}" if keys else stage
+    return f"{where}: {problem['msg'].lower()}, but it is {problem['input']!r}"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
