@@ -33,6 +33,7 @@ import segtrain.training.epoch
 import segtrain.training.fit
 from segtrain.checkpoint import load_checkpoint
 from segtrain.cli import run
+from segtrain.files import atomic_write
 from segtrain.locking import locked
 from segtrain.training.outputs import RunOutputs
 
@@ -208,6 +209,19 @@ def test_a_kill_between_the_renames_of_a_save_leaves_a_whole_run(
 
     assert leftovers(Path("runs")) == []
     assert_same_training(Path("runs/x"), straight)
+
+
+def test_two_names_of_one_file_do_not_leave_a_third(tmp_path: Path) -> None:
+    """That is how a kill between the renames leaves them, and renaming one to the other is void."""
+    path, before = tmp_path / "last.pt", tmp_path / "previous.pt"
+    path.write_bytes(b"old")
+    before.hardlink_to(path)
+
+    with atomic_write(path, keep_as=before) as file:
+        file.write(b"new")
+
+    assert (path.read_bytes(), before.read_bytes()) == (b"new", b"old")
+    assert leftovers(tmp_path) == []
 
 
 # --- Signals while saving -----------------------------------------------------------------------
