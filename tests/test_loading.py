@@ -43,14 +43,12 @@ from segtrain.data.loading import (
     EpochSampler,
     SameSizeBatches,
     TrainImages,
-    check_shared_memory,
     eval_batches,
-    resolve_workers,
     train_batches,
-    worker_errors,
 )
 from segtrain.data.sample import Catalog, Sample, tolerated
 from segtrain.data.transforms import TrainTransform
+from segtrain.data.workers import Watched, check_shared_memory, resolve_workers, worker_errors
 from segtrain.errors import DataError, ResourceError
 from segtrain.images import resize_image, scaled_size
 
@@ -656,7 +654,8 @@ def test_a_worker_that_dies_while_its_batch_is_fetched_is_a_resource_error(
     """The batch's memory comes through a socket, and torch lets that error out as it is."""
 
     class Broken:
-        num_workers, sampler, dataset = 1, None, None
+        num_workers, sampler = 1, None
+        dataset = Watched(TrainImages(Pictures(), TrainTransform(8), seed=0), workers=1)
 
         def __iter__(self) -> Iterator[Batch]:
             raise error(errno.ECONNRESET, "Connection reset by peer")
@@ -728,7 +727,7 @@ def test_no_picture_is_named_where_none_was_being_read() -> None:
     loader = training(DiesBetweenPictures({8}, [(24, 24)] * 9), workers=1, batch_size=9)
 
     def train() -> None:
-        with worker_errors(loader):
+        with worker_errors(loader.watched):
             for _ in loader:
                 time.sleep(3)  # torch tells of it while the trainer is at work
 
@@ -753,14 +752,13 @@ def test_too_little_shared_memory_is_found_before_the_first_batch(
         assert path == Path("/dev/shm")
         return shutil._ntuple_diskusage(1_000_000, 0, 1_000_000)
 
-    monkeypatch.setattr("segtrain.data.loading.shutil.disk_usage", free)
-    two, none = training(Pictures(), workers=2), training(Pictures())
+    monkeypatch.setattr("segtrain.data.workers.shutil.disk_usage", free)
 
     # Two workers could have four batches ready, but an epoch has three.
-    check_shared_memory(two, bytes_a_batch=333_333)
-    check_shared_memory(none, bytes_a_batch=10**12)
+    check_shared_memory(2, 3, bytes_a_batch=333_333)
+    check_shared_memory(0, 3, bytes_a_batch=10**12)
     with pytest.raises(ResourceError, match=r"1 MB free.*need 2; use --workers 0"):
-        check_shared_memory(two, bytes_a_batch=500_000)
+        check_shared_memory(2, 3, bytes_a_batch=500_000)
 
 
 class GroupsOfTheirWorkers(Pictures):

@@ -33,7 +33,8 @@ import segtrain.training.start
 import segtrain.training.validation
 from segtrain.checkpoint import load_checkpoint, save_checkpoint
 from segtrain.cli import run
-from segtrain.data.loading import Batches, _begin_worker
+from segtrain.data.loading import Batches
+from segtrain.data.workers import begin_worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -353,7 +354,7 @@ def signalled_from_the_start(worker: int) -> None:
     _BEGIN_WORKER(worker)
 
 
-_BEGIN_WORKER = _begin_worker
+_BEGIN_WORKER = begin_worker
 
 
 def signal_everybody() -> None:
@@ -372,7 +373,7 @@ def test_loader_processes_outlive_a_signal_that_comes_to_them(
 ) -> None:
     """At any time, that of their start included: else their parent would die of their death."""
     command = train(toy, PLAIN, "--workers", "2", "--name", "x", "--resume", "auto")
-    monkeypatch.setattr("segtrain.data.loading._begin_worker", signalled_from_the_start)
+    monkeypatch.setattr("segtrain.data.loading.begin_worker", signalled_from_the_start)
     with monkeypatch.context() as patch:
         after_step(patch.setattr, 3, signal_everybody)
         stopped = segtrain(*command)

@@ -1,43 +1,33 @@
 """From a data set to batches of bytes: N 3 H W uint8 images and N H W uint8 masks."""
 
-import atexit
 import math
-import multiprocessing
-import os
-import shutil
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
-from torch.utils.data._utils import signal_handling
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from segtrain.classes import IGNORE
-from segtrain.cores import usable_cores
 from segtrain.data.borders import border_map
 from segtrain.data.sample import Sample, Source, tolerated
 from segtrain.data.selection import is_negative
-from segtrain.errors import DataError, ResourceError
+from segtrain.data.workers import (
+    Item,
+    Watched,
+    begin_worker,
+    connection_errors,
+    deaf_children,
+    worker_errors,
+)
+from segtrain.errors import DataError
 from segtrain.images import Pixels, resize_short_side
-from segtrain.stopping import SIGNALS
 
 # Where /dev/shm is full a worker's batch gets lost without a word, so nobody waits for ever.
 _PATIENCE = 120.0  # seconds for one batch
-_SHARED_MEMORY = Path("/dev/shm")
-# Batches that a loader process has ready, or is making, at any time.
-_BATCHES_A_WORKER = 2
 
 
 class Batch(TypedDict):
@@ -69,10 +59,6 @@ class _Bordered(Sample):
 
 # The sampler's keys carry the epoch, so that worker processes can live from epoch to epoch.
 Key = tuple[int, int]
-# A picture that cannot be read travels as its message: an exception would end the worker.
-Item = Sample | str
-
-
 Backdrop = Callable[[int], Pixels | None]
 
 
@@ -227,105 +213,6 @@ class SameSizeBatches(Sampler[list[int]]):
         return len(self.batches)
 
 
-class _Noted(Dataset[Item]):
-    """Pictures of which each worker process notes where it is, for when it dies there.
-
-    at: a row a worker, its pid, the index (-1: between two pictures), and when it began with it in
-        milliseconds.
-    """
-
-    def __init__(self, images: "TrainImages | EvalImages", workers: int) -> None:
-        self.images = images
-        self.at = [multiprocessing.RawArray("q", [0, -1, 0]) for _ in range(workers)]
-
-    def __getitem__(self, key: Any) -> Item:
-        worker = get_worker_info()
-        if worker is None:
-            return self.images[key]
-        index = key[1] if isinstance(key, tuple) else key
-        self.at[worker.id][:] = (os.getpid(), index, int(time.monotonic() * 1000))
-        item = self.images[key]
-        self.at[worker.id][1] = -1
-        return item
-
-    def suspect(self) -> Path | None:
-        """The picture that a worker died at or hangs at; None where it was between two."""
-        alive = {child.pid for child in multiprocessing.active_children()}
-        rows = [tuple(row) for row in self.at if row[1] >= 0]
-        dead = [row for row in rows if row[0] not in alive]
-        if not rows:
-            return None
-        # Of several the one that has been at its picture for the longest hangs.
-        _, index, _ = min(dead or rows, key=lambda row: row[2])
-        return self.images.source.picture_path(index)
-
-    def end_workers(self) -> None:
-        """One that hangs does not look at its queue, and SIGTERM, which torch sends, is blocked."""
-        for child in multiprocessing.active_children():
-            if child.pid in {row[0] for row in self.at}:
-                child.kill()
-
-
-@contextmanager
-def worker_errors(*loaders: "Batches") -> Iterator[None]:
-    """Make a ResourceError of the death or silence of a worker process.
-
-    torch tells of a dead worker by a signal, so wherever the main process is at that moment: put
-    this around whatever is done with the batches, too.
-
-    Args:
-        loaders: whose workers it may be; they know the picture that was the last.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        # torch says "Caught RuntimeError in DataLoader worker" of a bug in here.
-        if str(error).startswith("Caught MemoryError in DataLoader worker"):
-            raise ResourceError(
-                "a loader process has no memory left; try fewer --workers or a smaller batch"
-            ) from error
-        if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
-            raise
-        raise _lost_worker(loaders) from error
-
-
-@contextmanager
-def _lost_connections(loader: "Batches") -> Iterator[None]:
-    """As `worker_errors`, where a batch was just being fetched from the worker that died."""
-    try:
-        yield
-    except (ConnectionError, EOFError, FileNotFoundError) as error:
-        if not loader.loader.num_workers or "in DataLoader worker" in str(error):
-            raise
-        raise _lost_worker([loader]) from error
-
-
-def _lost_worker(loaders: "Iterable[Batches]") -> ResourceError:
-    _hear_no_more()
-    suspects = [path for loader in loaders if (path := loader.suspect()) is not None]
-    at = f" at {suspects[0]}" if suspects else ""
-    for loader in loaders:
-        loader.end_workers()
-    return ResourceError(
-        f"a loader process died or hangs{at}, perhaps for lack of memory or /dev/shm; "
-        "try --workers 0 or a smaller batch"
-    )
-
-
-def _hear_no_more() -> None:
-    """Of workers that have died: each one's end would raise the same error again, wherever.
-
-    torch begins to listen again with the next loader.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return  # torch does not listen there, either
-    for _ in range(2):
-        # A signal that is waiting is delivered first, and raises.
-        with suppress(RuntimeError):
-            signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    signal_handling._SIGCHLD_handler_set = False
-
-
 class Batches:
     """A loader that counts damaged pictures instead of ending at the first.
 
@@ -344,15 +231,11 @@ class Batches:
         self.never_empty = never_empty
         self.damaged: set[str] = set()
 
-    def suspect(self) -> Path | None:
-        """The picture at which a worker has stopped, as far as it can be known."""
-        images = self.loader.dataset
-        return images.suspect() if isinstance(images, _Noted) else None
-
-    def end_workers(self) -> None:
-        """Kill the worker processes: they hang, or others have died."""
-        if isinstance(self.loader.dataset, _Noted):
-            self.loader.dataset.end_workers()
+    @property
+    def watched(self) -> Watched:
+        """The pictures; they know where worker processes are."""
+        assert isinstance(self.loader.dataset, Watched)
+        return self.loader.dataset
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -360,8 +243,8 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         sampler = self.loader.sampler
         num_drawn = sampler.num_done if isinstance(sampler, EpochSampler) else 0
-        with worker_errors(self), _lost_connections(self):
-            with _signals_blocked():  # here the worker processes are made
+        with worker_errors(self.watched), connection_errors(self.watched):
+            with deaf_children():  # here the worker processes are made
                 batches = iter(self.loader)
             for batch in batches:
                 self._count(batch["damaged"])
@@ -415,7 +298,7 @@ def train_batches(
         lengths or [len(source)], seed, weights=weights, rank=rank, world_size=world_size
     )
     loader = DataLoader(
-        _Noted(TrainImages(source, transform, seed, border_sigma), workers),
+        Watched(TrainImages(source, transform, seed, border_sigma), workers),
         batch_size=batch_size,
         sampler=sampler,
         **_loader_options(workers, pin_memory),
@@ -436,40 +319,11 @@ def eval_batches(
     """Every picture once, whole, in batches of one original size."""
     sampler = SameSizeBatches(source, batch_size, rank=rank, world_size=world_size)
     loader = DataLoader(
-        _Noted(EvalImages(source, image_size), workers),
+        Watched(EvalImages(source, image_size), workers),
         batch_sampler=sampler,
         **_loader_options(workers, pin_memory),
     )
     return Batches(loader, sum(map(len, sampler.batches)))
-
-
-def resolve_workers(workers: int | Literal["auto"]) -> int:
-    """auto: a process for every second core that this process may use, at most 8."""
-    if workers == "auto":
-        return min(8, max(1, usable_cores() // 2))
-    return workers
-
-
-def check_shared_memory(batches: Batches, *, bytes_a_batch: int) -> None:
-    """Make sure that the batches that worker processes have ready fit into shared memory.
-
-    Args:
-        bytes_a_batch: of a full one, at least.
-
-    Raises:
-        ResourceError: they do not; in the midst of the training a batch would get lost, or the
-            worker be killed.
-    """
-    workers = batches.loader.num_workers
-    if not workers or not _SHARED_MEMORY.is_dir():
-        return
-    needed = min(workers * _BATCHES_A_WORKER, len(batches)) * bytes_a_batch
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if free < needed:
-        raise ResourceError(
-            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, the batches of {workers} loader "
-            f"processes need {needed / 1e6:.0f}; use --workers 0, or docker run --shm-size=8g"
-        )
 
 
 def collate(items: list[Item]) -> Batch:
@@ -529,45 +383,7 @@ def _loader_options(workers: int, pin_memory: bool) -> dict[str, Any]:
         "pin_memory": pin_memory,
         "persistent_workers": workers > 0,
         "timeout": _PATIENCE if workers > 0 else 0,
-        "worker_init_fn": _begin_worker,
+        "worker_init_fn": begin_worker,
         # A generator of its own: the loader would draw from the one that dropout draws from.
         "generator": torch.Generator(),
     }
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Let processes that are made within never hear of what asks for an end.
-
-    Ctrl-C and schedulers signal all processes of a job. A worker has to live on until its parent
-    has saved and ends it by the queue; one without a parent ends by itself. It inherits this from
-    its first moment: whatever it did by itself would come too late for a signal while it starts.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_workers() -> None:
-    # One that hangs does not look at its queue, and SIGTERM, which Python would send, is blocked.
-    for child in multiprocessing.active_children():
-        child.kill()
-
-
-atexit.register(_end_workers)
-
-
-def _begin_worker(worker: int) -> None:
-    os.setpgid(0, 0)  # a terminal that is closed signals its group, too
-    cv2.setNumThreads(0)
-    sys.excepthook = _tell_of_other_than_lost_connections
-
-
-def _tell_of_other_than_lost_connections(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
-    """multiprocessing's thread in a worker tells of each batch that its parent no longer wants."""
-    if not issubclass(kind, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, traceback)

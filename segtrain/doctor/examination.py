@@ -10,8 +10,8 @@ import torch
 
 from segtrain.config import Config
 from segtrain.data import named_data_roots
-from segtrain.data.loading import resolve_workers
 from segtrain.data.selection import is_negative
+from segtrain.data.workers import BATCHES_A_WORKER, resolve_workers
 from segtrain.doctor.data_checks import DATA_CHECKS
 from segtrain.doctor.findings import Finding, run_checks
 from segtrain.doctor.inspection import SPLITS, Split, look_at, open_split
@@ -19,9 +19,6 @@ from segtrain.doctor.learning import judge_learning, learn_by_heart
 from segtrain.doctor.outputs import AUGMENTATIONS, CONTACT_SHEET, PERSON_AREA
 from segtrain.doctor.sheets import write_augmentations, write_contact_sheet, write_person_area
 from segtrain.errors import ResourceError
-
-# Batches that a loader process has ready, or is making, at any time.
-_BATCHES_A_WORKER = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +60,7 @@ def loader_bytes(config: Config, splits: Sequence[Split]) -> int:
     # In training three bytes a pixel and one of mask; in validation the mask is as large as ever.
     a_picture = 4 * side**2 + 3 * side**2 + largest_mask
     workers = resolve_workers(config.data.workers)
-    return workers * _BATCHES_A_WORKER * config.train.images_a_step * a_picture
+    return workers * BATCHES_A_WORKER * config.train.images_a_step * a_picture
 
 
 def examine(

@@ -12,14 +12,9 @@ from torch import nn
 from segtrain.checkpoint import Checkpoint, load_checkpoint, restore_model
 from segtrain.config import BnEval, Config, DataConfig, load_config, tree_from_config
 from segtrain.data import Pictures, describe_roots, named_data_roots, open_pictures
-from segtrain.data.loading import (
-    Batches,
-    eval_batches,
-    resolve_workers,
-    train_batches,
-    worker_errors,
-)
+from segtrain.data.loading import Batches, eval_batches, train_batches
 from segtrain.data.transforms import train_transform
+from segtrain.data.workers import resolve_workers, worker_errors
 from segtrain.devices import autocast_for, describe_device, move_model, resolve_device
 from segtrain.errors import UsageError
 from segtrain.evaluation.evaluate import evaluate
@@ -158,7 +153,10 @@ def judge(
 def _evaluate(
     model: nn.Module, batches: Batches, bn_eval: BnEval, device: torch.device
 ) -> SegmentationMetrics:
-    with progress_bar(total=batches.num_images, desc="evaluating") as bar, worker_errors():
+    with (
+        progress_bar(total=batches.num_images, desc="evaluating") as bar,
+        worker_errors(batches.watched),
+    ):
         confusion = evaluate(
             model,
             batches,
@@ -182,7 +180,7 @@ def _recalibrate(
         **loading,
     )
     total = min(NUM_TO_RECALIBRATE, batches.num_images)
-    with progress_bar(total=total, desc="measuring") as bar, worker_errors():
+    with progress_bar(total=total, desc="measuring") as bar, worker_errors(batches.watched):
         autocast = autocast_for("fp32", device)
         recalibrate(model, batches, device=device, autocast=autocast, on_batch=bar.update)
 

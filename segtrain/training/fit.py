@@ -8,7 +8,7 @@ import numpy as np
 
 from segtrain.checkpoint import load_checkpoint
 from segtrain.config import Config, stage_configs
-from segtrain.data.loading import worker_errors
+from segtrain.data.workers import worker_errors
 from segtrain.errors import CheckpointError, DivergedError
 from segtrain.runs import point_latest_at
 from segtrain.stopping import Stopped
@@ -201,7 +201,7 @@ def _epoch(setting: Setting, stage: Stage, state: TrainingState) -> Row:
     """Train and judge once. Where a signal comes, what there is until then is saved."""
     started = time.perf_counter()
     try:
-        with worker_errors(stage.train_set):
+        with worker_errors(stage.train_set.watched):
             trained = train_one_epoch(
                 setting, stage, state, save=partial(_save_last, setting, state)
             )

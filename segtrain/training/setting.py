@@ -8,14 +8,9 @@ import torch
 
 from segtrain.config import Config
 from segtrain.data import Pictures
-from segtrain.data.loading import (
-    Batches,
-    check_shared_memory,
-    eval_batches,
-    resolve_workers,
-    train_batches,
-)
+from segtrain.data.loading import Batches, eval_batches, train_batches
 from segtrain.data.transforms import train_transform
+from segtrain.data.workers import check_shared_memory, resolve_workers
 from segtrain.devices import (
     Autocast,
     autocast_for,
@@ -137,7 +132,8 @@ def open_stage(setting: Setting, number: int, config: Config, images_at_once: in
     # Three bytes a pixel and one of its mask; of whole pictures, which are larger, at least that.
     a_picture = 4 * config.data.image_size**2
     check_shared_memory(
-        train_set,
+        shared["workers"],
+        len(train_set),
         bytes_a_batch=a_picture * min(config.train.images_a_step, train_set.num_images),
     )
     val_set = eval_batches(

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 from torch import nn
 
-from segtrain.data.loading import worker_errors
+from segtrain.data.workers import worker_errors
 from segtrain.errors import DataError
 from segtrain.evaluation.evaluate import evaluate
 from segtrain.images import Pixels
@@ -28,7 +28,7 @@ def measure_statistics(setting: Setting, stage: Stage, model: nn.Module, at_once
     """
     total = min(NUM_TO_RECALIBRATE, stage.train_set.num_images)
     stage.train_set.set_epoch(stage.train_set.epoch)  # from its beginning
-    with progress_bar(total=total, desc="measuring") as bar, worker_errors(stage.train_set):
+    with progress_bar(total=total, desc="measuring") as bar, worker_errors(stage.train_set.watched):
         recalibrate(
             model,
             (piece for batch in stage.train_set for piece in pieces(batch, at_once)),
@@ -46,7 +46,7 @@ def validate(setting: Setting, stage: Stage, model: nn.Module) -> dict[str, floa
         Stopped: a signal came.
     """
     total = stage.val_set.num_images
-    with progress_bar(total=total, desc="validating") as bar, worker_errors(stage.val_set):
+    with progress_bar(total=total, desc="validating") as bar, worker_errors(stage.val_set.watched):
         confusion = evaluate(
             model,
             stage.val_set,
