@@ -401,6 +401,7 @@ def test_a_frozen_encoder_stays_as_it_is_with_an_average_and_over_a_stop(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler itself gives some
 @pytest.mark.parametrize("mode", ["blocks", "full"])
 @pytest.mark.parametrize(
     "model",

@@ -58,9 +58,10 @@ def write_history(path: Path, history: Sequence[Row]) -> None:
 def write_curves(path: Path, history: Sequence[Row]) -> None:
     """Loss, IoU and learning rate over the epochs as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     loss_axes, iou_axes, rate_axes = figure.subplots(1, 3, width_ratios=[5, 5, 3])
     loss_axes.plot(epochs, [row["train/loss"] for row in history], ".-")
     loss_axes.set(title="training loss", xlabel="epoch", ylim=(0, None))
@@ -69,24 +70,42 @@ def write_curves(path: Path, history: Sequence[Row]) -> None:
     for key, label in (("val/person_iou", "person IoU"), ("val/mean_iou", "mean IoU")):
         iou_axes.plot(epochs, [row[key] for row in history], ".-", label=label)
     trained = [row["train/person_iou"] for row in history]
-    iou_axes.plot(epochs, trained, ":", color="tab:blue", label="person IoU, training crops")
+    iou_axes.plot(
+        epochs, trained, ".:", markersize=4, color="tab:cyan", label="person IoU, training crops"
+    )
     best = max(history, key=lambda row: float(row["val/person_iou"]))
-    iou_axes.plot(best["epoch"], best["val/person_iou"], "*", color="tab:blue", markersize=13)
+    iou_axes.plot(
+        best["epoch"],
+        best["val/person_iou"],
+        "*",
+        color="tab:blue",
+        markersize=13,
+        label=f"best: {best['val/person_iou']:.4f} in epoch {best['epoch']}",
+    )
     iou_axes.axhline(
         history[-1]["val/all_person_iou"], ls="--", color="gray", label='"all is person"'
     )
     iou_axes.set(title="validation, original resolution", xlabel="epoch", ylim=(0, 1))
-    iou_axes.legend(loc="lower right")
+    # Below the curves: of a network that learns nothing they lie where a legend would.
+    iou_axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     later = [
-        row["epoch"] - 0.5
+        (row["epoch"] - 0.5, row["stage"])
         for row, before in zip(history[1:], history, strict=False)
         if row["stage"] != before["stage"]
     ]
     for axes in (loss_axes, iou_axes, rate_axes):
-        for epoch in later:
-            axes.axvline(epoch, ls=":", color="gray")  # another stage begins
+        for begin, stage in later:
+            axes.axvline(begin, ls=":", color="gray")
+            axes.text(
+                *(begin, 0.98, f" stage {stage}"),
+                transform=axes.get_xaxis_transform(),
+                va="top",
+                color="gray",
+            )
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        # A single epoch would be put between fractions of one.
+        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     write_bytes(path, png.getvalue())
