@@ -457,3 +457,28 @@ def test_checkpoints_are_those_of_the_row_that_is_written(train: Train) -> None:
     before = digests(RUN)
     assert load_checkpoint(last(RUN)).training["history"] == rows(RUN)
     assert before.keys() == {"last.pt", "best.pt", "previous.pt"}
+
+
+def test_the_epoch_line_says_how_long_the_rest_will_take_where_that_is_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path / "log.txt")
+    outputs = RunOutputs(RunFolder(tmp_path), log, tensorboard=False)
+    row = {
+        "epoch": 3,
+        "train/loss": 0.5,
+        "seconds": 90.0,
+        "images_per_second": 1.0,
+        "val/person_iou": 0.5,
+        "val/predicted_share": 0.4,
+        "val/all_person_iou": 0.3,
+        "skipped_steps": 0,
+    }
+
+    for num_epochs in (3, 5, 103):
+        outputs.tell([row], num_epochs=num_epochs)
+
+    last, near, far = capsys.readouterr().out.splitlines()
+    assert last.endswith(" 90 s")
+    assert near.endswith(" 90 s  at most 3 min 0 s left")
+    assert far.endswith(" 90 s  at most 2 h 30 min left")

@@ -77,6 +77,7 @@ class RunOutputs:
             f"epoch {row['epoch']}/{num_epochs}  loss {row['train/loss']:.4f}  "
             f"person IoU {row['val/person_iou']:.4f}{' (best)' if best is row else ''}  "
             f"{row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s"
+            f"{_left(row, num_epochs)}"
         )
         if row["skipped_steps"]:
             self._log.warn(
@@ -134,6 +135,12 @@ def summary_table(history: Sequence[Row], *, num_warnings: int) -> Table:
     ):
         table.add_row(label, value)
     return table
+
+
+def _left(row: Row, num_epochs: int) -> str:
+    """How long the rest will take, if each epoch takes as long as the last and none is spared."""
+    seconds = (num_epochs - row["epoch"]) * row["seconds"]
+    return f"  at most {_duration(seconds)} left" if seconds >= 60 else ""
 
 
 def _duration(seconds: float) -> str:
