@@ -81,7 +81,7 @@ def a_training(root: Path, sets: Sequence[str]) -> Iterator[tuple[Setting, Stage
             with contextlib.redirect_stdout(io.StringIO()):
                 setting = open_setting(start, RunLog(start.run.log))
             state = begin(setting.config, setting.device, use_scaler=setting.use_scaler)
-            yield setting, open_stage(setting, 0, setting.config), state
+            yield setting, open_stage(setting, 0, setting.config, state.images_at_once), state
 
 
 def with_batches(stage: Stage, batches: Any) -> Stage:
@@ -133,7 +133,7 @@ def epoch(setting: Setting, stage: Stage, state: TrainingState) -> None:
 
 def loop(root: Path, repeats: int, device: str) -> None:
     """Our epoch against the bare steps, on a batch in memory."""
-    batch_size, num_batches = (4, 3) if device == "cpu" else (16, 60)
+    batch_size, num_batches = (4, 2) if device == "cpu" else (16, 60)
     sets = [f"train.device={device}", f"train.batch_size={batch_size}", "data.workers=0"]
     table = Table(title=f"loop, U-Net, {SIZE} x {SIZE}, batch {batch_size}")
     for heading in ("", "s a step, bare", "ours", "overhead", "from", "to"):
