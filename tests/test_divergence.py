@@ -188,11 +188,12 @@ def test_a_second_time_is_one_after_a_stop_too(
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(image) if number == 4 else overflowing(image, forward)
 
-    Steps(monkeypatch, act)
+    steps = Steps(monkeypatch, act)
     assert train("--epochs", "3").code == 143
     before = digests(RUN)
 
     assert_one_error(train("--epochs", "3", "--resume", "auto"), 6)
+    assert steps.count == 4 + 3
     assert digests(RUN) == before
 
 

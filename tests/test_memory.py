@@ -360,8 +360,8 @@ def test_the_failed_step_holds_no_memory_while_a_smaller_one_is_tried(
 def test_batches_of_two_times_three_are_batches_of_six(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The epoch's last group is smaller: sixteen pictures are steps of six, six and four."""
-    data = make_toy_coco(tmp_path / "sixteen", num_train=16, num_val=2)
+    """The epoch's last group is smaller: fifteen pictures are steps of six, six and three, the last of which is two and one."""
+    data = make_toy_coco(tmp_path / "fifteen", num_train=15, num_val=2)
     steps = Steps(monkeypatch, at(set()))
 
     def run(name: str, *arguments: str) -> list[dict[str, Any]]:
@@ -373,8 +373,8 @@ def test_batches_of_two_times_three_are_batches_of_six(
     num_whole = steps.count
     pieces = run("two", "--batch-size", "2", "--set", "train.accumulation_steps=3")
 
-    assert [size[0] for size in steps.sizes[:num_whole]] == [6, 6, 4] * 2
-    assert [size[0] for size in steps.sizes[num_whole:]] == [2] * 16
+    assert [size[0] for size in steps.sizes[:num_whole]] == [6, 6, 3] * 2
+    assert [size[0] for size in steps.sizes[num_whole:]] == [*[2] * 7, 1] * 2
     assert [row["global_step"] for row in whole] == [3, 6]
     for row, expected in zip(pieces, whole, strict=True):
         assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-6)
