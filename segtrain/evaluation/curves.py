@@ -18,8 +18,9 @@ from segtrain.evaluation.picture import NUM_BINS
 class Curves:
     """Arrays of 256 float64, one value for each threshold, rising; and what sums them up.
 
-    average_precision: sum over falling thresholds of (gain in recall) times precision, without
-        interpolation; 1 where nobody is to be found.
+    average_precision: sum over these thresholds, falling, of (gain in recall) times precision,
+        without interpolation; what is surer than 255/256 is not told apart. 1 where nobody is to
+        be found.
     """
 
     thresholds: Floats

@@ -71,13 +71,19 @@ def records_from_lists(columns: object) -> Records:
     if len(lengths) != 1 or -1 in lengths:
         raise ValueError("columns of different lengths")
     records = np.zeros(lengths.pop(), dtype=RECORD)
-    for name in names:
-        try:
-            column = np.array(columns[name], dtype=RECORD[name].base)
-        except (TypeError, OverflowError) as error:
-            raise ValueError(f"column {name}: {error}") from None
-        if len(records) and column.shape != records[name].shape:
-            raise ValueError(f"column {name} has the shape {column.shape}")
-        if len(records):
-            records[name] = column
+    for name in names if len(records) else ():
+        records[name] = _column(name, columns[name], records[name].shape)
     return records
+
+
+def _column(name: str, values: list[object], shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+    """`values` as the type of the column, without rounding or wrapping any."""
+    wanted = RECORD[name].base
+    try:
+        kind = np.array(values).dtype.kind
+        column: npt.NDArray[np.generic] = np.array(values, dtype=wanted)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"column {name}: {error}") from None
+    if kind not in ("b" if wanted.kind == "b" else "iu") or column.shape != shape:
+        raise ValueError(f"column {name} has other values or another shape than {shape}")
+    return column
