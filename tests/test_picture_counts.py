@@ -47,9 +47,12 @@ def test_a_picture_of_six_pixels_by_hand() -> None:
 
 
 def test_the_threshold_belongs_to_person() -> None:
-    probs = row(0.3, np.nextafter(np.float32(0.3), np.float32(0)))
+    """Also 0.7, which as float32 is a little less."""
     mask = np.array([[1, 1]], dtype=np.uint8)
-    assert count_picture(probs, mask, threshold=0.3).confusion.tolist() == [[0, 0], [1, 1]]
+    for threshold in (0.3, 0.5, 0.7):
+        probs = row(threshold, np.nextafter(np.float32(threshold), np.float32(0)))
+        counts = count_picture(probs, mask, threshold=threshold)
+        assert counts.confusion.tolist() == [[0, 0], [1, 1]]
 
 
 @pytest.mark.parametrize("at", [(0, 2), (3, 2), (1, 0), (1, 4)])
