@@ -1,8 +1,8 @@
 """What judging costs besides the network, on one core: python benchmarks/eval.py
 
 A drawn 640x480 picture with a prediction whose outline lies near the true one: everything that
-evaluation keeps of it. Then a 12-megapixel picture and its memory, and intervals over 5,000 pictures.
-The processor's time is taken, which others on the same machine do not lengthen by waiting.
+evaluation keeps of it. Then a 12-megapixel picture and its memory, and intervals over 5,000
+pictures. It is the processor's time, which others on the same machine do not make longer.
 """
 
 import statistics

@@ -2,6 +2,9 @@
 
 The percentile bootstrap (Efron and Tibshirani 1993, chapter 13): from N pictures N are drawn with
 replacement, often; the middle 95 % of what the figure then is are the interval.
+
+What a draw repeats looks a little less calibrated than it is, for errors that cancel between
+pictures do so less: the interval of `ece` lies too high, and may begin above its value.
 """
 
 from collections.abc import Iterator, Mapping

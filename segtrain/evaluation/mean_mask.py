@@ -1,6 +1,7 @@
 """The answer that looks at no picture: where people were in the training pictures."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -16,17 +17,34 @@ GRID = 64
 """Cells to each side; pictures of all shapes are squeezed into them."""
 
 
-def mean_mask(source: Source, indices: Sequence[int] | None = None) -> Probs:
-    """Share of person at each place of the frame, over pictures squeezed into one square.
+@dataclass(frozen=True)
+class MeanMask:
+    """An answer for pictures of any size.
+
+    share: 64 64 float32 in 0..1, share of person at each place of the frame.
+    threshold: from which share on the answer is person.
+    """
+
+    share: Probs
+    threshold: float
+
+    def probs(self, size: tuple[int, int]) -> Probs:
+        """What it says of a picture of H, W: H W float32 in 0..1."""
+        stretched = cv2.resize(self.share, size[::-1], interpolation=cv2.INTER_LINEAR)
+        return np.clip(stretched, 0, 1).astype(np.float32).reshape(size)
+
+
+def mean_mask(source: Source, indices: Sequence[int] | None = None) -> MeanMask:
+    """The mean over pictures squeezed into one square.
 
     Of a cell's pixels those that are ignored are left out; a cell of which nothing is known has the
-    share of all others. Damaged pictures are left out.
+    share of all others, and where no picture tells anything it is 0. Damaged pictures are left out.
+    The threshold is the one with the highest person IoU over these pictures: where people are small
+    the share is nowhere one half, and at one half the answer would be the empty one.
 
     Args:
-        indices: the pictures; None takes all.
-
-    Returns:
-        64 64 float32 in 0..1; 0 where no picture tells anything.
+        source: the training pictures.
+        indices: which of them; None takes all.
     """
     person, known = np.zeros((2, GRID, GRID))
     for index in range(len(source)) if indices is None else indices:
@@ -36,21 +54,22 @@ def mean_mask(source: Source, indices: Sequence[int] | None = None) -> Probs:
             known += _squeezed(sample.mask != IGNORE)
     everywhere = person.sum() / known.sum() if known.any() else 0.0
     share = np.where(known > 0, person / np.where(known > 0, known, 1), everywhere)
-    return np.clip(share, 0, 1).astype(np.float32)
+    share = np.clip(share, 0, 1).astype(np.float32)
+    return MeanMask(share, _best_threshold(share, person, known))
 
 
-def mean_mask_probs(mean: Probs, size: tuple[int, int]) -> Probs:
-    """What the mean mask says of a picture.
-
-    Args:
-        mean: as `mean_mask` returns it.
-        size: H, W of the picture.
-
-    Returns:
-        H W float32 in 0..1.
-    """
-    stretched = cv2.resize(mean, size[::-1], interpolation=cv2.INTER_LINEAR)
-    return np.clip(stretched, 0, 1).astype(np.float32).reshape(size)
+def _best_threshold(
+    share: Probs, person: npt.NDArray[np.float64], known: npt.NDArray[np.float64]
+) -> float:
+    """Of all shares the one from which on calling cells person gives the highest IoU."""
+    order = np.argsort(-share, axis=None, kind="stable")
+    found = person.flat[order].cumsum()
+    if not found[-1]:
+        return 0.5
+    ious = found / (known.flat[order].cumsum() + found[-1] - found)
+    falling = share.flat[order]
+    ious[:-1][falling[:-1] == falling[1:]] = 0  # cells of the same share go together
+    return float(falling[np.argmax(ious)])
 
 
 def _sample_or_none(source: Source, index: int) -> Sample | None:
