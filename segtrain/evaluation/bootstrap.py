@@ -19,7 +19,7 @@ from segtrain.evaluation.records import Records
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 
-# What is drawn at once, pictures times resamples: some 64 MiB.
+# What is drawn at once, pictures times resamples: 32 MiB of weights.
 _AT_ONCE = 2**22
 
 

@@ -36,7 +36,7 @@ _LARGEST_DISK = 16
 def boundary_counts(predicted: Pixels, mask: Pixels) -> tuple[int, int]:
     """Intersection and union of the two boundaries, in pixels.
 
-    Boundary IoU is their quotient (Cheng et al. 2021, arXiv 2103.16562, section 4, eq. 2). The
+    Boundary IoU is their quotient (Cheng et al. 2021, arXiv 2103.16562, "Boundary IoU"). The
     boundary of a mask is those of its pixels that have one outside the mask, or outside the frame,
     in the square of d pixels to each side: as the authors' program erodes d times by 3x3. d is 2 %
     of the diagonal, rounded, at least 1. All people of a picture are one mask here, where the
@@ -58,7 +58,7 @@ def contour_counts(predicted: Pixels, mask: Pixels) -> Counts:
 
     Precision is the share of the predicted contour, recall that of the true one, that has a pixel
     of the other within the tolerance; the F measure is their harmonic mean (Martin et al. 2004,
-    PAMI 26(5); for segmentation Csurka et al. 2013, BMVC, section 2.2). One pixel may be partner
+    PAMI 26(5); for segmentation Csurka et al. 2013, BMVC). One pixel may be partner
     to several. The contour is the pixels of a mask that have one outside of it above, below, left
     or right; the frame makes none. The tolerance is 0.75 % of the diagonal (6 pixels at 640x480),
     at least 1, Euclidean, inclusive.
