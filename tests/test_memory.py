@@ -360,7 +360,7 @@ def test_the_failed_step_holds_no_memory_while_a_smaller_one_is_tried(
 def test_batches_of_two_times_three_are_batches_of_six(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The epoch's last group is smaller: fifteen pictures are steps of six, six and three."""
+    """The epoch's last group is smaller, and its last piece too: three are two and one."""
     data = make_toy_coco(tmp_path / "fifteen", num_train=15, num_val=2)
     steps = Steps(monkeypatch, at(set()))
 

@@ -282,7 +282,10 @@ def on_terminal(toy_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
             *("--batch-size", "1", "--epochs", "3", "--name", "toy"),
         ],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(PROJECT), "SEGTRAIN_CACHE": str(folder / "cache")},
+        # However fast the machine is, the bar is drawn at every step.
+        env=os.environ
+        | {"TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}
+        | {"PYTHONPATH": str(PROJECT), "SEGTRAIN_CACHE": str(folder / "cache")},
         stdin=side,
         stdout=side,
         stderr=side,
