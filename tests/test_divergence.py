@@ -213,6 +213,19 @@ def test_after_a_good_epoch_it_goes_back_again(
     assert rows(RUN)[1]["lr"] == pytest.approx(2e-3 * 0.995 / 4)
 
 
+def test_an_epoch_that_ends_in_bad_steps_is_no_good_one(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or with epochs of two steps a network that is ruined would go back in every second one."""
+    steps = Steps(monkeypatch, at(set(range(2, 99))))
+
+    line = assert_one_error(train("--epochs", "9", "--batch-size", "4"), 6)
+
+    # 1 is good; 2, 3, 4 go back to the end of the first epoch; then 3, 4 and 5.
+    assert steps.count == 4 + 3
+    assert "epoch 3" in line
+
+
 def test_two_in_a_row_saved_do_not_count_against_the_next_try(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:

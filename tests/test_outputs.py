@@ -413,6 +413,9 @@ def test_curves_of_one_epoch_and_of_stages(tmp_path: Path) -> None:
     # Where a stage begins there is something to see, and nothing but that.
     differing = (staged != plain).any(axis=2)
     assert 0 < differing.mean() < 0.05
+    # A dotted line from the top to the bottom of each of the three.
+    for part in np.array_split(differing, 3, axis=1):
+        assert part.mean(axis=0).max() > 0.2
 
 
 def test_curves_of_nothing_but_steps_left_out(tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ class Tally:
             skipped_in_a_row=int(worst),
         )
 
+    @property
+    def in_a_row(self) -> int:
+        """Steps left out since the last good one. Waits for the device."""
+        return int(self.sums[5])
+
     def forget_row(self) -> None:
         """Steps left out in a row are counted from here on."""
         self.sums[5:] = 0

@@ -234,6 +234,10 @@ def _conclude(
     state.epoch += 1
     state.stage_epoch += 1
     state.begin_epoch()
+    if state.went_back_in == state.epoch - 1 and state.tally.in_a_row:
+        # It ended in the midst of bad steps, so that was no good epoch: the next one still counts
+        # as the one in which the training went back.
+        state.went_back_in = state.epoch
     if _is_out_of_patience(stage.config, state):
         row["stopped_early"] = state.stage_epoch < stage.config.train.epochs
     if row["val/person_iou"] > state.best_iou:
