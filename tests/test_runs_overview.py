@@ -24,8 +24,6 @@ from segtrain.overview.metrics import number, read_rows
 from segtrain.overview.picture import draw
 from segtrain.overview.words import age_in_words, duration, printable
 
-NOW = time.time()
-
 
 def row(epoch: int, iou: Any = 0.5, loss: Any = 0.3, **more: Any) -> dict[str, Any]:
     return {
@@ -63,7 +61,8 @@ def make_run(
         (path / "checkpoints").mkdir()
         (path / "checkpoints" / saved).write_text("weights")
     for file in ("config.yaml", "metrics.jsonl"):
-        os.utime(path / file, (NOW - age, NOW - age))
+        changed = time.time() - age
+        os.utime(path / file, (changed, changed))
     return path
 
 
@@ -89,7 +88,8 @@ def test_a_run_in_one_line_and_in_one_object(segtrain: Command) -> None:
     [line] = [line for line in done.out.splitlines() if line.startswith("first")]
     assert line.split() == ["first", "unet", "0.5123", "(2)", "3/3", "3", "hours", "finished"]
     changed = listed(segtrain)["first"].pop("changed")
-    assert changed == time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(NOW - 3 * 3600 - 100))
+    last_changed = Path("runs/first/metrics.jsonl").stat().st_mtime
+    assert changed == time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(last_changed))
     assert {k: v for k, v in listed(segtrain)["first"].items() if k != "changed"} == {
         "name": "first",
         "path": "runs/first",
@@ -134,7 +134,7 @@ def test_newest_first(segtrain: Command) -> None:
 def test_a_resumed_run_is_as_new_as_its_configuration(segtrain: Command) -> None:
     run = make_run("resumed", three_rows(), age=9000)
     make_run("other", age=50)
-    os.utime(run / "config.yaml", (NOW - 1, NOW - 1))
+    os.utime(run / "config.yaml", (time.time() - 1,) * 2)
 
     assert list(listed(segtrain)) == ["resumed", "other"]
 
