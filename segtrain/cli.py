@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from segtrain import __version__
-from segtrain.errors import DataError, UsageError, UserError
+from segtrain.errors import DataError, UsageError, UserError, says_out_of_memory
 from segtrain.stopping import Stopped, listening
 
 app = typer.Typer(
@@ -125,7 +125,7 @@ def train(
     _say_loading()
     from segtrain.training.command import train as train_run
 
-    train_run(config, flags=flags, sets=set_ or [], resume=resume)
+    train_run(config, flags=flags, sets=set_ or [], resume=resume, device_name=asked.train.device)
 
 
 @app.command("eval")
@@ -467,9 +467,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, typer.TyperException):
         return f"{error.format_message()} See segtrain --help.", _USAGE
-    # torch, cv2 and CUDA each have words of their own for it.
-    words = ("can't allocate memory", "out of memory", "insufficient memory")
-    if isinstance(error, MemoryError) or any(w in str(error).lower() for w in words):
+    if says_out_of_memory(error):
         return "out of memory; try a smaller --batch-size or smaller pictures", _RESOURCE
     if isinstance(error, OSError):
         return f"{error}; check the space and the permissions there", _RESOURCE

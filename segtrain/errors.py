@@ -5,6 +5,14 @@ The message says what went wrong, names the file and says what to do about it.
 
 from typing import ClassVar
 
+# torch, cv2 and CUDA each have words of their own for it, and not always a class.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "insufficient memory")
+
+
+def says_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, of a device or of the machine."""
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in _NO_MEMORY)
+
 
 class UserError(Exception):
     """Base of every error that ends in one `error:` line and no traceback."""

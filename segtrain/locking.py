@@ -33,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
     _held.add(lock)
     try:
         if not _take(lock, patience=0.3):
-            raise BusyError(f"{folder} is in use{_by_whom(path)}; wait for it or stop it first")
+            raise _busy(folder)
         os.ftruncate(lock, 0)
         os.write(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         yield
@@ -45,8 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
 def refuse_if_busy(folder: Path) -> None:
     """Raises BusyError if another process holds `folder`, and takes no time to find out."""
     if is_busy(folder):
-        path = folder / _NAME
-        raise BusyError(f"{folder} is in use{_by_whom(path)}; wait for it or stop it first")
+        raise _busy(folder)
 
 
 def is_busy(folder: Path) -> bool:
@@ -76,12 +75,13 @@ def _take(lock: int, patience: float = 0.0) -> bool:
             return True  # a file system without locks: go without
 
 
-def _by_whom(path: Path) -> str:
+def _busy(folder: Path) -> BusyError:
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        return f" by process {holder['pid']} on {holder['host']}"
+        holder = json.loads((folder / _NAME).read_text(encoding="utf-8"))
+        by_whom = f" by process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        by_whom = ""
+    return BusyError(f"{folder} is in use{by_whom}; wait for it or stop it first")
 
 
 def _let_go() -> None:

@@ -486,5 +486,5 @@ def test_the_epoch_line_says_how_long_the_rest_will_take_where_that_is_long(
 
     last, near, far = capsys.readouterr().out.splitlines()
     assert last.endswith(" 90 s")
-    assert near.endswith(" 90 s  at most 3 min 0 s left")
+    assert near.endswith(" 90 s  at most 3 min 00 s left")
     assert far.endswith(" 90 s  at most 2 h 30 min left")

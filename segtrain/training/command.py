@@ -5,10 +5,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from segtrain.config import dump_yaml, load_config
+from segtrain.config import dump_yaml
+from segtrain.devices import resolve_device
 from segtrain.distributed import joined
 from segtrain.progress import silenced
 from segtrain.training.fit import FitResult, fit
@@ -18,7 +18,12 @@ from segtrain.training.start import Start, starting
 
 
 def train(
-    yaml_path: Path | None, *, flags: Mapping[str, Any], sets: Sequence[str], resume: str | None
+    yaml_path: Path | None,
+    *,
+    flags: Mapping[str, Any],
+    sets: Sequence[str],
+    resume: str | None,
+    device_name: str,
 ) -> None:
     """Train as asked and tell how it went.
 
@@ -26,8 +31,7 @@ def train(
         UserError: of any kind.
         Stopped: a signal came.
     """
-    device = load_config(yaml_path, flags=flags, sets=sets).train.device
-    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    on_cuda = resolve_device(device_name).type == "cuda"
     with ExitStack() as stack:
         world = stack.enter_context(joined(on_cuda=on_cuda))
         if not world.is_first:

@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -67,7 +67,7 @@ def train_one_epoch(
     network = in_parallel(state.model, world)
     stage.train_set.set_epoch(state.epoch, num_done=state.images_drawn)
     guard = StatisticsGuard(*_averaged_too(state))
-    num_steps = config.train.epochs * len_of_epoch(stage)
+    num_steps, ious = config.train.epochs * len_of_epoch(stage), state.stage_ious()
     # Of this epoch there may have been a part before, whose seconds nobody counts here.
     state.tally.num_images, state.tally.seconds_waited = 0, 0.0
     started = last_save = time.perf_counter()
@@ -82,7 +82,7 @@ def train_one_epoch(
         scaler=state.scaler,
         autocast=setting.autocast,
         device=device,
-        before_step=lambda: _prepare_step(config, setting, state, num_steps),
+        before_step=lambda: _prepare_step(config, setting, state, num_steps, ious),
         images_at_once=state.images_at_once,
         clip_norm=config.optim.clip_norm,
         sum_of_all=world.sum_,
@@ -122,15 +122,26 @@ def len_of_epoch(stage: Stage) -> int:
     return -(-stage.train_set.num_images // stage.config.train.images_a_step)
 
 
-def _prepare_step(config: Config, setting: Setting, state: TrainingState, num_steps: int) -> float:
-    """Sets the random numbers of one step and returns its learning rate."""
+def _prepare_step(
+    config: Config,
+    setting: Setting,
+    state: TrainingState,
+    num_steps: int,
+    ious: Sequence[float],
+) -> float:
+    """Sets the random numbers of one step and returns its learning rate.
+
+    Args:
+        num_steps: of the whole stage.
+        ious: of validation after each epoch of it.
+    """
     key = [config.train.seed, state.global_step, setting.world.rank]
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
     place = Place(
         epoch=state.stage_epoch,
         step=state.stage_step,
         num_steps=num_steps,
-        ious=state.stage_ious(),
+        ious=ious,
     )
     return learning_rate(config.optim, place) * state.lr_factor
 
@@ -148,7 +159,6 @@ def _look(setting: Setting, state: TrainingState, guard: StatisticsGuard) -> Fou
     # Also where all steps were good: a batch without a pixel that counts has no bad gradient.
     guard.look()
     found = state.tally.read()
-    state.num_skipped = found.skipped
     limit = _TOO_MANY_FP16 if setting.use_scaler else _TOO_MANY
     if found.skipped_in_a_row >= limit:
         raise Diverging(

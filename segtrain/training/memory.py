@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from segtrain.devices import Autocast
+from segtrain.errors import says_out_of_memory
 from segtrain.training.losses import LossFn
-
-# Where torch raises its own class it is a RuntimeError, too, but not every part of it does.
-_WORDS = ("can't allocate memory", "out of memory", "insufficient memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -17,9 +15,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     What loader processes lack is another matter: the network's batch has no part in it.
     """
-    if "in DataLoader worker" in str(error):
-        return False
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in _WORDS)
+    return says_out_of_memory(error) and "in DataLoader worker" not in str(error)
 
 
 def fitting_number(try_with: Callable[[int], None], largest: int) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from segtrain.images import Pixels
+from segtrain.overview.words import duration
 from segtrain.runs import RunFolder
 from segtrain.training.logs import Row, RunLog, write_curves, write_history, write_samples
 
@@ -127,7 +128,7 @@ def summary_table(history: Sequence[Row], *, num_warnings: int) -> Table:
         ("mean IoU then", f"{best['val/mean_iou']:.4f}"),
         ("last loss", f"{last['train/loss']:.4f}"),
         ("epochs, steps", f"{last['epoch']}, {last['global_step']:,}"),
-        ("time", _duration(seconds)),
+        ("time", duration(seconds)),
         ("images a second", f"{sum(rates) / len(rates):.1f}"),
         ("share of time waiting for data", f"{last['data_wait']:.1%}"),
         ("steps left out", f"{sum(row['skipped_steps'] for row in history)}"),
@@ -140,13 +141,7 @@ def summary_table(history: Sequence[Row], *, num_warnings: int) -> Table:
 def _left(row: Row, num_epochs: int) -> str:
     """How long the rest will take, if each epoch takes as long as the last and none is spared."""
     seconds = (num_epochs - row["epoch"]) * row["seconds"]
-    return f"  at most {_duration(seconds)} left" if seconds >= 60 else ""
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+    return f"  at most {duration(seconds)} left" if seconds >= 60 else ""
 
 
 def _open_board(folder: Path) -> "SummaryWriter":

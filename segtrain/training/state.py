@@ -22,7 +22,7 @@ from segtrain.training.optim import build_optimizer
 
 _PLACE = (
     *("stage", "stage_epoch", "stage_step", "images_drawn", "images_at_once", "lr_factor"),
-    *("went_back_in", "best_iou", "best_epoch", "num_skipped"),
+    *("went_back_in", "best_iou", "best_epoch"),
 )
 
 
@@ -59,8 +59,6 @@ class TrainingState:
     """The epoch in which it last did."""
     best_iou: float = -1.0
     best_epoch: int = 0
-    num_skipped: int = 0
-    """Steps of the epoch under way that are known to be left out."""
     history: list[Row] = field(default_factory=list)
     """A row for each epoch, as in metrics.jsonl."""
 
@@ -71,7 +69,7 @@ class TrainingState:
 
     def begin_epoch(self) -> None:
         """Nothing is counted yet, but for steps left out in a row."""
-        self.images_drawn = self.num_skipped = 0
+        self.images_drawn = 0
         self.tally = self.tally.of_next_epoch()
 
     def stage_ious(self) -> list[float]:
