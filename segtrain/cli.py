@@ -143,40 +143,84 @@ def evaluate(
         list[str] | None,
         typer.Option("--set", help="Another selection, e.g. --set data.person_area=[0.2,0.7]."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
-    workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.  [auto]")] = None,
-    bn_eval: Annotated[
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Judge the masks in this folder, of any tool, in place of a network."),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="From which probability on is person.")] = 0.5,
+    size: Annotated[
+        int | None,
+        typer.Option(min=32, help="Short side of what the network sees.  [as trained]"),
+    ] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=64, help="Side of the tiles it sees.  [whole pictures]")
+    ] = None,
+    tta: Annotated[
+        Literal["none", "flip", "scales"],
+        typer.Option(help="Mean over the mirrored picture, too, or also over three scales."),
+    ] = "none",
+    bn: Annotated[
         Literal["running", "batch", "recalibrate", "all"] | None,
         typer.Option(
+            "--bn",
+            "--bn-eval",
             help="Statistics of batch norm; all shows what it makes.  [as trained]",
             show_default=False,
         ),
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Judge so many images, evenly spread.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="An earlier --json file: how much better this one is.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="New folder for a page that shows the mistakes.")
+    ] = None,
+    label_check: Annotated[
+        bool,
+        typer.Option(
+            "--label-check", help="Also a sheet of annotations that look wrong, for review."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a report or a sheet that exists.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.  [auto]")] = None,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Judge a checkpoint on labelled images at their original resolution."""
-    _say_loading()
-    from rich.console import Console
+    """Judge a network, or any tool's masks, on labelled images at their original resolution."""
+    from segtrain.evaluation.wishes import Outputs, Wishes
 
-    from segtrain.evaluation.judge import judge
-    from segtrain.evaluation.report import metrics_table
-
-    judgement = judge(
-        checkpoint,
+    wishes = Wishes(
+        checkpoint=checkpoint,
+        predictions=predictions,
         data=data,
         split=split,
         sets=set_ or [],
         batch_size=batch_size,
         workers="auto" if workers is None else workers,
-        device_name=device,
-        bn_eval=bn_eval,
-        tell=_to_stderr,
+        device=device,
+        threshold=threshold,
+        size=size,
+        bn=None if bn == "all" else bn,
+        tta=tta,
+        tile=tile,
+        limit=limit,
+        compare=compare,
     )
-    if as_json:
-        print(json.dumps(judgement.as_json(), indent=2))
+    outputs = Outputs(report=report, label_check=label_check, overwrite=overwrite)
+    if bn == "all":
+        outputs.refuse_any("--bn all")
+    _say_loading()
+    from segtrain.evaluation import command
+
+    if bn == "all":
+        command.compare_batch_norms(wishes, as_json=as_json, tell=_to_stderr)
     else:
-        Console().print(metrics_table(judgement))
+        command.evaluate(wishes, outputs, as_json=as_json, tell=_to_stderr)
 
 
 @app.command()

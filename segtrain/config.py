@@ -21,6 +21,7 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 BnEval = Literal["running", "batch", "recalibrate"]
+Tta = Literal["none", "flip", "scales"]
 Tree = dict[str, Any]
 
 

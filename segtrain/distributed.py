@@ -66,6 +66,14 @@ class World:
         told: _T = box[0]
         return told
 
+    def gathered(self, value: _T) -> list[_T]:
+        """What all processes have as `value`, in the order of their ranks; plain objects."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=_control())
+        return box
+
     @contextmanager
     def first_alone(self) -> Iterator[None]:
         """The first process goes in first, the others when it is out; an error there is theirs."""

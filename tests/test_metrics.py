@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from segtrain.evaluation.evaluate import evaluate
 from segtrain.evaluation.metrics import ConfusionMatrix, SegmentationMetrics, metrics_from_counts
+from segtrain.models.inference import Asking
 
 
 def confusion_of(preds: Tensor, mask: Tensor) -> ConfusionMatrix:
@@ -99,6 +100,8 @@ def test_counts_go_on_beyond_two_to_the_31() -> None:
                 "person_iou": 40 / 70,
                 "mean_iou": (50 / 80 + 40 / 70) / 2,
                 "dice": 80 / 110,
+                "precision": 40 / 50,
+                "recall": 40 / 60,
                 "pixel_accuracy": 90 / 120,
                 "all_person_iou": 60 / 120,
                 "all_background_iou": 0,
@@ -111,6 +114,8 @@ def test_counts_go_on_beyond_two_to_the_31() -> None:
                 "person_iou": 1,
                 "mean_iou": 1,
                 "dice": 1,
+                "precision": 1,
+                "recall": 1,
                 "pixel_accuracy": 1,
                 "all_person_iou": 0.1,
                 "all_background_iou": 0,
@@ -123,6 +128,8 @@ def test_counts_go_on_beyond_two_to_the_31() -> None:
                 "person_iou": 0,
                 "mean_iou": 0,
                 "dice": 0,
+                "precision": 0,
+                "recall": 0,
                 "pixel_accuracy": 0,
                 "all_person_iou": 0.7,
                 "all_background_iou": 0,
@@ -135,6 +142,8 @@ def test_counts_go_on_beyond_two_to_the_31() -> None:
                 "person_iou": 1,
                 "mean_iou": 1,
                 "dice": 1,
+                "precision": 1,
+                "recall": 1,
                 "pixel_accuracy": 1,
                 "all_person_iou": 0,
                 "all_background_iou": 1,
@@ -147,6 +156,8 @@ def test_counts_go_on_beyond_two_to_the_31() -> None:
                 "person_iou": 0,
                 "mean_iou": 0.99 / 2,
                 "dice": 0,
+                "precision": 0,
+                "recall": 1,
                 "pixel_accuracy": 0.99,
                 "all_person_iou": 0,
                 "all_background_iou": 1,
@@ -159,6 +170,8 @@ def test_counts_go_on_beyond_two_to_the_31() -> None:
                 "person_iou": 1,
                 "mean_iou": 1,
                 "dice": 1,
+                "precision": 1,
+                "recall": 1,
                 "pixel_accuracy": 1,
                 "all_person_iou": 1,
                 "all_background_iou": 0,
@@ -171,6 +184,8 @@ def test_counts_go_on_beyond_two_to_the_31() -> None:
                 "person_iou": 1,
                 "mean_iou": 1,
                 "dice": 1,
+                "precision": 1,
+                "recall": 1,
                 "pixel_accuracy": 1,
                 "all_person_iou": 1,
                 "all_background_iou": 1,
@@ -258,6 +273,7 @@ def judge(images: Tensor, masks: Tensor, batch_size: int, **kwargs: Any) -> Conf
     kwargs.setdefault("model", RedIsPerson())
     return evaluate(
         batches=batches,
+        asking=Asking(short_side=2),
         device=torch.device("cpu"),
         autocast=contextlib.nullcontext,
         **kwargs,
@@ -339,7 +355,11 @@ def test_evaluate_tells_the_number_of_images_of_each_batch() -> None:
 
 def test_evaluate_of_no_batches_counts_nothing() -> None:
     confusion = evaluate(
-        RedIsPerson(), [], device=torch.device("cpu"), autocast=contextlib.nullcontext
+        RedIsPerson(),
+        [],
+        asking=Asking(short_side=2),
+        device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
     )
     assert confusion.counts.tolist() == [[0, 0], [0, 0]]
     assert isinstance(confusion.compute(), SegmentationMetrics)

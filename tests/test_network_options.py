@@ -122,8 +122,8 @@ def test_eval_goes_by_what_the_run_went_by(segtrain: Command, toy_coco: Path, bn
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     finished = segtrain("eval", "--checkpoint", run, "--json", "--batch-size", "3")
     judged = json.loads(finished.out)
-    assert judged["bn_eval"] == bn_eval
-    assert judged["person_iou"] == pytest.approx(row["val/person_iou"], abs=1e-6)
+    assert judged["bn"] == bn_eval
+    assert judged["figures"]["person_iou"] == pytest.approx(row["val/person_iou"], abs=1e-6)
 
 
 def eval_json(segtrain: Command, run: Path, *options: str) -> dict[str, Any]:
@@ -142,14 +142,14 @@ def test_eval_shows_the_difference_between_the_three_statistics(
         for way in ("running", "batch", "recalibrate")
     }
     for way, judged in apart.items():
-        assert together[way]["person_iou"] == judged["person_iou"]
-        assert together[way]["pixel_accuracy"] == judged["pixel_accuracy"]
-    assert len({judged["pixel_accuracy"] for judged in apart.values()}) == 3
+        assert together[way]["figures"]["person_iou"] == judged["figures"]["person_iou"]
+        assert together[way]["figures"]["pixel_accuracy"] == judged["figures"]["pixel_accuracy"]
+    assert len({judged["figures"]["pixel_accuracy"] for judged in apart.values()}) == 3
 
     table = segtrain("eval", "--checkpoint", trained_run, "--bn-eval", "all").out
     for way, judged in apart.items():
         assert way in table
-        assert f"{judged['pixel_accuracy']:.4f}" in table
+        assert f"{judged['figures']['pixel_accuracy']:.4f}" in table
 
 
 def test_by_batch_statistics_no_picture_feels_the_others(

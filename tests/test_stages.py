@@ -343,7 +343,9 @@ def test_validation_and_best_use_the_average_and_last_holds_both(
             assert torch.equal(best.weights[name], value)
     # What validation said is what the average gives.
     judged = json.loads(segtrain("eval", "--checkpoint", RUN, "--json").out)
-    assert judged["person_iou"] == pytest.approx(best.metrics["val/person_iou"], abs=1e-6)
+    assert judged["figures"]["person_iou"] == pytest.approx(
+        best.metrics["val/person_iou"], abs=1e-6
+    )
 
 
 def test_the_best_of_an_averaged_run_is_the_average_of_that_epoch(

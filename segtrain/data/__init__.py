@@ -62,7 +62,7 @@ class Pictures:
     """The selected pictures of one or several data sets, one after the other."""
 
     def __init__(self, parts: list[tuple[Source, Indices]], rules: LabelRules) -> None:
-        self.parts = parts
+        self.parts, self.rules = parts, rules
         self.ends = np.cumsum([len(indices) for _, indices in parts])
         self.catalog = Catalog.joined([source.catalog.take(chosen) for source, chosen in parts])
         self.notes = [note for source, _ in parts for note in source.notes]
@@ -92,6 +92,18 @@ class Pictures:
         """As `Source.stem`."""
         source, own_index = self._find(index)
         return source.stem(own_index)
+
+    def spread(self, num: int) -> "Pictures":
+        """`num` of them, evenly spread; all if there are no more."""
+        chosen = np.linspace(0, len(self) - 1, min(num, len(self))).astype(np.intp)
+        starts = self.ends - self.lengths
+        return Pictures(
+            [
+                (source, own[chosen[(chosen >= start) & (chosen < end)] - start])
+                for (source, own), start, end in zip(self.parts, starts, self.ends, strict=True)
+            ],
+            self.rules,
+        )
 
     def _find(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):

@@ -44,6 +44,8 @@ class Batch(TypedDict):
     """h, w of each picture in the upper left of its image, where they differ; the rest is padding
     that the mask ignores."""
     image_id: list[str]
+    index: NotRequired[list[int]]
+    """Each picture's place in the source; only in evaluation."""
     damaged: list[str]
     """One message for each picture that could not be read and is not in the batch."""
     num_drawn: NotRequired[int]
@@ -55,6 +57,13 @@ class _Bordered(Sample):
     """A sample and its border map, H W uint8."""
 
     border: Pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Placed(Sample):
+    """A sample and its place in the source."""
+
+    index: int
 
 
 # The sampler's keys carry the epoch, so that worker processes can live from epoch to epoch.
@@ -129,7 +138,7 @@ class EvalImages(Dataset[Item]):
         except DataError as error:
             return str(error)
         image = resize_short_side(sample.image, self.image_size)
-        return Sample(image=image, mask=sample.mask, image_id=sample.image_id)
+        return _Placed(image=image, mask=sample.mask, image_id=sample.image_id, index=index)
 
 
 class EpochSampler(Sampler[Key]):
@@ -349,6 +358,9 @@ def collate(items: list[Item]) -> Batch:
         image_id=[s.image_id for s in samples],
         damaged=[item for item in items if isinstance(item, str)],
     )
+    places = [sample.index for sample in samples if isinstance(sample, _Placed)]
+    if places:
+        batch["index"] = places
     if borders:
         batch["border"] = border[0].view(mask_shape)
         _fill(batch["border"], borders, 0 if padded else None)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from segtrain.classes import BACKGROUND, PERSON
-from segtrain.config import BnEval
+from segtrain.config import BnEval, Tta
 from segtrain.evaluation.bootstrap import Comparison, Interval, intervals
 from segtrain.evaluation.curves import Curves, curves_of
 from segtrain.evaluation.figures import CONFUSION_FIGURES, as_if_all
@@ -16,7 +16,6 @@ from segtrain.evaluation.totals import Totals
 
 Figures = dict[str, Interval]
 """By the names of `segtrain.evaluation.figures.FIGURES`."""
-Tta = Literal["none", "flip", "scales"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The answer that looks at no picture: where people were in the training pictures."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from segtrain.classes import IGNORE, PERSON
 from segtrain.data.sample import Sample, Source
+from segtrain.data.threads import in_threads
 from segtrain.errors import DataError
 from segtrain.evaluation.picture import Probs
 from segtrain.images import Pixels
@@ -33,8 +34,12 @@ class MeanMask:
         stretched = cv2.resize(self.share, size[::-1], interpolation=cv2.INTER_LINEAR)
         return np.clip(stretched, 0, 1).astype(np.float32).reshape(size)
 
+    def answer(self, size: tuple[int, int]) -> Pixels:
+        """What it calls person in a picture of H, W: H W uint8 in {0, 1}."""
+        return (self.probs(size) >= np.float32(self.threshold)).view(np.uint8)
 
-def mean_mask(source: Source, indices: Sequence[int] | None = None) -> MeanMask:
+
+def mean_mask(source: Source) -> MeanMask:
     """The mean over pictures squeezed into one square.
 
     Of a cell's pixels those that are ignored are left out; a cell of which nothing is known has the
@@ -44,11 +49,10 @@ def mean_mask(source: Source, indices: Sequence[int] | None = None) -> MeanMask:
 
     Args:
         source: the training pictures.
-        indices: which of them; None takes all.
     """
     person, known = np.zeros((2, GRID, GRID))
-    for index in range(len(source)) if indices is None else indices:
-        sample = _sample_or_none(source, index)
+    read = partial(_sample_or_none, source)
+    for _, sample in in_threads(read, range(len(source)), desc="looking at training masks"):
         if sample is not None:
             person += _squeezed(sample.mask == PERSON)
             known += _squeezed(sample.mask != IGNORE)

@@ -1,11 +1,14 @@
-"""Counting, and the formulas over the counts."""
+"""What training watches: counts on the device, and the figures that need nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from segtrain.classes import PERSON
+from segtrain.evaluation.figures import CONFUSION_FIGURES, Sums, figures_of
+
+_SUMS = ("tn", "fp", "fn", "tp")
 
 EMPTY_RULE = (
     "pixels marked ignore are left out; a class that is neither there nor predicted has IoU 1"
@@ -43,46 +46,25 @@ class ConfusionMatrix:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationMetrics:
-    """Global figures in 0..1 over all pixels that are not ignored, at original resolution."""
+    """Global figures in 0..1 over all pixels that are not ignored, at original resolution.
+
+    Each is the figure of the same name in `segtrain.evaluation.figures`.
+    """
 
     person_iou: float
-    """Sum of intersections over sum of unions of the person class: the headline."""
     mean_iou: float
-    """Mean of the IoU of person and of background."""
     dice: float
-    """2 intersection / (truth + prediction) of the person class; equals its F1."""
+    precision: float
+    recall: float
     pixel_accuracy: float
-    """Share of pixels whose class is right."""
     predicted_share: float
-    """Share of pixels that are called person."""
     all_person_iou: float
-    """Person IoU of the trivial answer "everything is person"."""
     all_background_iou: float
-    """Person IoU of the trivial answer "everything is background"."""
 
 
 def metrics_from_counts(counts: list[list[int]]) -> SegmentationMetrics:
     """The formulas; `counts[t][p]` pixels are of class t and were called p."""
-    total = sum(map(sum, counts))
-    correct = sum(counts[c][c] for c in range(len(counts)))
-    ious = [_iou(counts, c) for c in range(len(counts))]
-    truth = sum(counts[PERSON])
-    predicted = sum(row[PERSON] for row in counts)
-    return SegmentationMetrics(
-        person_iou=ious[PERSON],
-        mean_iou=sum(ious) / len(ious),
-        dice=_ratio(2 * counts[PERSON][PERSON], truth + predicted),
-        pixel_accuracy=_ratio(correct, total),
-        predicted_share=predicted / total if total else 0.0,
-        all_person_iou=_ratio(truth, total),
-        all_background_iou=_ratio(0, truth),
-    )
-
-
-def _iou(counts: list[list[int]], c: int) -> float:
-    truth, predicted = sum(counts[c]), sum(row[c] for row in counts)
-    return _ratio(counts[c][c], truth + predicted - counts[c][c])
-
-
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0
+    flat = np.asarray(counts, dtype=np.int64).ravel()
+    sums: Sums = {name: np.asarray(count) for name, count in zip(_SUMS, flat, strict=True)}
+    figures = {f.name: CONFUSION_FIGURES[f.name] for f in fields(SegmentationMetrics)}
+    return SegmentationMetrics(**figures_of(sums, figures))

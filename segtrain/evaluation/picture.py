@@ -66,7 +66,7 @@ def count_picture(probs: Probs, mask: Pixels, *, threshold: float = 0.5) -> Pict
     histogram, confidence = _histogram(probs, mask)
     return PictureCounts(
         size=(mask.shape[0], mask.shape[1]),
-        confusion=_confusion(predicted, mask),
+        confusion=confusion_of(predicted, mask),
         boundary=np.array(boundary_counts(predicted, mask), dtype=np.int64),
         contour=contour_counts(predicted, mask),
         histogram=histogram,
@@ -87,7 +87,8 @@ def _check(probs: Probs, mask: Pixels) -> None:
         raise ValueError("a mask holds other values than 0, 1 and 255")
 
 
-def _confusion(predicted: Pixels, mask: Pixels) -> Counts:
+def confusion_of(predicted: Pixels, mask: Pixels) -> Counts:
+    """`PictureCounts.confusion` of H W uint8 in {0, 1} against H W uint8 in {0, 1, 255}."""
     counts = []
     for truth in (BACKGROUND, PERSON):
         there = mask == truth

@@ -79,11 +79,13 @@ def records_from_lists(columns: object) -> Records:
 def _column(name: str, values: list[object], shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
     """`values` as the type of the column, without rounding or wrapping any."""
     wanted = RECORD[name].base
-    try:
-        kind = np.array(values).dtype.kind
-        column: npt.NDArray[np.generic] = np.array(values, dtype=wanted)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"column {name}: {error}") from None
-    if kind not in ("b" if wanted.kind == "b" else "iu") or column.shape != shape:
+    kind = bool if wanted.kind == "b" else int
+    # As objects first: small and large numbers side by side would become floats.
+    given = np.array(values, dtype=object)
+    if given.shape != shape or any(type(value) is not kind for value in given.flat):
         raise ValueError(f"column {name} has other values or another shape than {shape}")
+    try:
+        column: npt.NDArray[np.generic] = given.astype(wanted)
+    except OverflowError as error:
+        raise ValueError(f"column {name}: {error}") from None
     return column

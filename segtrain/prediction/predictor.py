@@ -8,7 +8,7 @@ from segtrain.checkpoint import load_checkpoint, restore_model
 from segtrain.devices import autocast_for, move_model
 from segtrain.images import Pixels
 from segtrain.models.batch_norm import evaluation_statistics
-from segtrain.models.inference import person_probs_of_picture
+from segtrain.models.inference import Asking, person_probs_of_picture
 from segtrain.prediction.outputs import Result
 
 
@@ -32,8 +32,8 @@ class Predictor:
 
     def __call__(self, image: Pixels) -> Result:
         """H W 3 uint8 RGB of any size → Result at the same size."""
-        short_side = self.config.data.image_size
+        asking = Asking(short_side=self.config.data.image_size)
         autocast = autocast_for("fp32", self.device)
         with evaluation_statistics(self.model, self.config.train.bn_eval):
-            probs = person_probs_of_picture(self.model, image, short_side, self.device, autocast)
+            probs = person_probs_of_picture(self.model, image, asking, self.device, autocast)
         return Result(image=image, probability=probs.cpu().numpy())

@@ -11,7 +11,7 @@ from segtrain.errors import DataError
 from segtrain.evaluation.evaluate import evaluate
 from segtrain.images import Pixels
 from segtrain.models.batch_norm import NUM_TO_RECALIBRATE, evaluation_statistics, recalibrate
-from segtrain.models.inference import person_probs_of_picture
+from segtrain.models.inference import Asking, person_probs_of_picture
 from segtrain.pieces import pieces
 from segtrain.progress import progress_bar
 from segtrain.training.network import average_statistics
@@ -50,6 +50,7 @@ def validate(setting: Setting, stage: Stage, model: nn.Module) -> dict[str, floa
         confusion = evaluate(
             model,
             stage.val_set,
+            asking=Asking(short_side=stage.config.data.image_size),
             device=setting.device,
             autocast=setting.autocast,
             bn_eval=stage.config.train.bn_eval,
@@ -73,7 +74,7 @@ def samples(
             probs = person_probs_of_picture(
                 model,
                 sample.image,
-                stage.config.data.image_size,
+                Asking(short_side=stage.config.data.image_size),
                 setting.device,
                 setting.autocast,
             )

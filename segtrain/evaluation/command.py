@@ -1,0 +1,57 @@
+"""`segtrain eval`, from the wishes to the last line printed."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import get_args
+
+from rich.console import Console
+
+from segtrain.config import BnEval
+from segtrain.evaluation.document import as_document
+from segtrain.evaluation.judge import judge
+from segtrain.evaluation.judgement import Judgement
+from segtrain.evaluation.table import batch_norm_table, judgement_tables
+from segtrain.evaluation.wishes import Outputs, Wishes
+
+Tell = Callable[[str], object]
+
+
+def evaluate(wishes: Wishes, outputs: Outputs, *, as_json: bool, tell: Tell) -> None:
+    """Judge, and print the figures.
+
+    Args:
+        as_json: print the document of `segtrain.evaluation.document`, on one line.
+        tell: takes a line for the user.
+
+    Raises:
+        UserError: of any kind.
+        Stopped: a signal came.
+    """
+    judgement = judge(wishes, tell=tell)
+    if judgement is None:
+        return
+    if as_json:
+        print(json.dumps(as_document(judgement)))
+    else:
+        Console().print(judgement_tables(judgement))
+
+
+def compare_batch_norms(wishes: Wishes, *, as_json: bool, tell: Tell) -> None:
+    """The same network by each way of batch norm.
+
+    Raises:
+        UserError: of any kind.
+        Stopped: a signal came.
+    """
+    found: dict[str, Judgement] = {}
+    for way in get_args(BnEval):
+        judgement = judge(replace(wishes, bn=way), tell=tell)
+        if judgement is not None:
+            found[way] = judgement
+    if not found:
+        return
+    if as_json:
+        print(json.dumps({way: as_document(judgement) for way, judgement in found.items()}))
+    else:
+        Console().print(batch_norm_table(found))
