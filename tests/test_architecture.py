@@ -14,7 +14,7 @@ STOREYS = [
     {"__init__", "errors", "classes", "stopping", "cores"},
     {"config", "files", "progress"},
     {"images", "devices", "runs", "locking", "distributed", "pieces"},
-    {"data", "models", "overview"},
+    {"data", "models", "overview", "sheets"},
     {"checkpoint"},
     {"evaluation"},
     {"training", "prediction"},
