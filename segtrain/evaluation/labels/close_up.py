@@ -12,7 +12,7 @@ from segtrain.sheets import fitted
 
 _MARGIN = 0.5
 """Of the longer side of the box: how much of the surroundings is shown to each side."""
-_LEAST_VIEW = 0.25
+_LEAST_VIEW = 0.4
 """Of the picture's longer side: of less than this one does not see what it is a part of."""
 
 

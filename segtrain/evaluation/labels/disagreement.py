@@ -83,10 +83,7 @@ class Disagreement:
             return Difference(pixels=pixels, near=pixels, far=pixels)
         near_others = grown(others | (self.mask == IGNORE), self.depth)
         # A sliver just beyond the band is the rest of an outline that is off.
-        side = self.depth // 2 + 1
-        square = cv2.getStructuringElement(cv2.MORPH_RECT, (side, side))
-        beyond = (pixels & ~near_others).view(np.uint8)
-        far = cv2.morphologyEx(beyond, cv2.MORPH_OPEN, square).view(np.bool_)
+        far = opened(pixels & ~near_others, self.depth // 2 + 1)
         near = pixels & near_others & ~grown(far, self.depth)
         return Difference(pixels=pixels, near=near, far=far)
 
@@ -95,3 +92,17 @@ def grown(region: Region, depth: int) -> Region:
     """H W: all that has a pixel of `region` in the square of `depth` pixels to each side."""
     square = cv2.getStructuringElement(cv2.MORPH_RECT, (2 * depth + 1, 2 * depth + 1))
     return cv2.dilate(region.view(np.uint8), square).view(np.bool_)
+
+
+def opened(region: Region, side: int) -> Region:
+    """H W: the parts of `region` that hold a square with `side` pixels a side, inside the frame."""
+    square = cv2.getStructuringElement(cv2.MORPH_RECT, (side, side))
+    # Anchors at opposite corners: OpenCV's own opening moves by a pixel where the side is even.
+    corners = cv2.erode(
+        region.view(np.uint8),
+        square,
+        anchor=(0, 0),
+        borderType=cv2.BORDER_CONSTANT,
+        borderValue=0,
+    )
+    return cv2.dilate(corners, square, anchor=(side - 1, side - 1)).view(np.bool_)

@@ -29,6 +29,7 @@ from segtrain.sheets import (
 _COLUMNS = 6
 _NETWORK_COLOUR = (0, 225, 255)
 _BOX_COLOUR = (255, 60, 60)
+_LEGEND = "yellow: annotation, blue: network, red: what is suspicious, hatched: ignored"
 
 
 def write_review(path: Path, ranking: Ranking, source: Source) -> None:
@@ -40,23 +41,22 @@ def write_review(path: Path, ranking: Ranking, source: Source) -> None:
     blocks = []
     for kind, about in KINDS.items():
         cells = list(_cells(kind, ranking, source))
-        heading = (
-            f"{kind}: {about.meaning}; {len(cells)} of {len(ranking.ranked(kind))} pictures "
-            "(yellow: annotation, blue: network, hatched: ignored)"
-        )
-        blocks.append(block(heading, cells, _COLUMNS))
+        total = len(ranking.ranked(kind))
+        shown = f"{len(cells)} of {total} suspicious pictures" if total else "nothing suspicious"
+        blocks.append(block(f"{kind} ({about.meaning}): {shown}", cells, _COLUMNS))
+    blocks.append(block(_LEGEND, [], _COLUMNS))
     write_sheet(path, blocks)
 
 
 def _cells(kind: str, ranking: Ranking, source: Source) -> Iterator[Cell]:
-    for rank, (ranked, view) in enumerate(ranking.shown(kind), start=1):
+    for ranked, view in ranking.shown(kind):
         try:
             sample = source.sample(ranked.index)
         except DataError:
             continue  # it was readable when it was judged; the table still names it
         picture = drawn(sample, view, ranked.suspicion.box)
         name = printable(source.stem(ranked.index))
-        yield Cell(picture, f"{rank}. {name}", f"{ranked.suspicion.score:.2f}")
+        yield Cell(picture, name, f"{ranked.suspicion.score:.2f}")
 
 
 def drawn(sample: Sample, close_up: CloseUp, box: Box) -> Pixels:
