@@ -16,7 +16,7 @@ from segtrain.evaluation.picture import NUM_RELIABILITY_BINS
 from segtrain.evaluation.report.words import percent, span, with_sign
 
 WIDTH, HEIGHT = 440, 290
-LEFT, RIGHT, TOP, BOTTOM = 44, 428, 12, 246
+LEFT, RIGHT, TOP, BOTTOM = 56, 428, 12, 246
 """The canvas, and the frame upon it in which figures lie, pixels."""
 
 NUM_HISTOGRAM_BINS = 20

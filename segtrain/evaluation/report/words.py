@@ -93,7 +93,7 @@ def provenance(judgement: Judgement) -> Iterator[tuple[str, str]]:
     yield "Split", exam.split
     yield "Pictures", f"{judgement.num_images:,}"
     yield "Damaged", f"{exam.num_damaged:,}"
-    yield "Trained on", f"{exam.num_trained_on:,}"
+    yield "Seen in training", f"{exam.num_trained_on:,}"
     yield "Selection", exam.manifest
     yield from _manner(judgement.manner)
 
