@@ -193,6 +193,7 @@ def evaluate(
 ) -> None:
     """Judge a network, or any tool's masks, on labelled images at their original resolution."""
     from segtrain.evaluation.wishes import Outputs, Wishes
+    from segtrain.runs import is_first_process
 
     wishes = Wishes(
         checkpoint=checkpoint,
@@ -214,6 +215,8 @@ def evaluate(
     outputs = Outputs(report=report, label_check=label_check, overwrite=overwrite)
     if bn == "all":
         outputs.refuse_any("--bn all")
+    if is_first_process():
+        outputs.refuse_existing()
     _say_loading()
     from segtrain.evaluation import command
 

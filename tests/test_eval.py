@@ -367,6 +367,39 @@ def test_what_the_network_is_asked_is_written_down_and_makes_a_difference(
     assert other["manifest"] == plain["manifest"]
 
 
+def test_report_and_label_check_are_written_once_and_change_no_figure(
+    segtrain: Command, trained_run: Path
+) -> None:
+    command = ("eval", "--json", "--checkpoint", trained_run, "--workers", "0")
+    plain = segtrain(*command)
+    outputs = ("--report", "out", "--label-check")
+    done = segtrain(*command, *outputs)
+    assert done.code == 0, done.err
+    assert done.out == plain.out
+    page = Path("out/index.html").read_text(encoding="utf-8")
+    num_images = json.loads(done.out)["num_images"]
+    assert len(list(Path("out/pictures").iterdir())) == 5 * num_images
+    assert {path.name for path in Path("out").iterdir()} == {
+        *("index.html", "pictures", "label_check.png", "label_check.csv")
+    }
+    assert "report: out/index.html" in done.err
+
+    again = segtrain(*command, *outputs)
+    assert again.code == 2
+    assert "--overwrite" in again.error_lines[0]
+    assert Path("out/index.html").read_text(encoding="utf-8") == page
+    assert segtrain(*command, *outputs, "--overwrite").code == 0
+    assert Path("out/index.html").read_text(encoding="utf-8") == page
+
+
+def test_a_label_check_alone_has_a_folder_beside_the_runs(
+    segtrain: Command, trained_run: Path
+) -> None:
+    assert segtrain("eval", "--checkpoint", trained_run, "--label-check").code == 0
+    [sheet] = Path("runs").glob("label-check-*/label_check.png")
+    assert sheet.stat().st_size > 0
+
+
 def test_metrics_of_training_have_the_names_of_the_document(
     segtrain: Command, toy_coco: Path
 ) -> None:

@@ -1,16 +1,20 @@
 """`segtrain eval`, from the wishes to the last line printed."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import get_args
 
 from rich.console import Console
 
 from segtrain.config import BnEval
+from segtrain.data import Pictures
+from segtrain.evaluation.counting import Onlooker
 from segtrain.evaluation.document import as_document
 from segtrain.evaluation.judge import judge
 from segtrain.evaluation.judgement import Judgement
+from segtrain.evaluation.labels.check import LabelCheck, summary_lines
+from segtrain.evaluation.report import Gallery, write_report
 from segtrain.evaluation.table import batch_norm_table, judgement_tables
 from segtrain.evaluation.wishes import Outputs, Wishes
 
@@ -28,13 +32,28 @@ def evaluate(wishes: Wishes, outputs: Outputs, *, as_json: bool, tell: Tell) -> 
         UserError: of any kind.
         Stopped: a signal came.
     """
-    judgement = judge(wishes, tell=tell)
+    label_checks: list[LabelCheck] = []
+
+    def onlookers(pictures: Pictures) -> Iterator[Onlooker]:
+        if outputs.report:
+            yield Gallery(outputs.report, pictures, wishes.threshold).add
+        if outputs.label_check:
+            label_checks.append(LabelCheck(pictures))
+            yield label_checks[0].add
+
+    judgement = judge(wishes, tell=tell, onlookers=onlookers)
     if judgement is None:
         return
     if as_json:
         print(json.dumps(as_document(judgement)))
     else:
         Console().print(judgement_tables(judgement))
+    if outputs.report:
+        tell(f"report: {write_report(outputs.report, judgement)}")
+    for label_check in label_checks:
+        result = label_check.write(outputs.label_folder, overwrite=outputs.overwrite)
+        for line in summary_lines(result):
+            tell(line)
 
 
 def compare_batch_norms(wishes: Wishes, *, as_json: bool, tell: Tell) -> None:

@@ -1,6 +1,6 @@
 """`segtrain eval`: the whole way from the command line to the figures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from segtrain.evaluation.settling import Settled, settle
 from segtrain.evaluation.wishes import Wishes
 from segtrain.progress import progress_bar, silenced
 
-MakeOnlookers = Callable[[Pictures], Sequence[Onlooker]]
+MakeOnlookers = Callable[[Pictures], Iterable[Onlooker]]
 
 
 def judge(
@@ -50,7 +50,7 @@ def judge(
             tell = _nothing
         device = resolve_device(wishes.device, world.local_rank if world.size > 1 else None)
         settled = settle(wishes, device=device, world=world, tell=tell)
-        mine = _count(settled, world, onlookers(settled.pictures))
+        mine = _count(settled, world, list(onlookers(settled.pictures)))
         counted = Counted.merged(world.gathered(mine))
         damaged = set().union(*world.gathered(settled.candidate.damaged))
     if not world.is_first:

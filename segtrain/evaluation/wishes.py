@@ -9,6 +9,8 @@ from typing import Literal
 
 from segtrain.config import BnEval, Tta
 from segtrain.errors import UsageError
+from segtrain.evaluation.labels.outputs import check_outputs
+from segtrain.evaluation.report.folder import refuse_existing
 from segtrain.runs import DEFAULT_OUTPUT
 
 
@@ -83,6 +85,13 @@ class Outputs:
     def __post_init__(self) -> None:
         if self.label_check and os.environ.get("WORLD_SIZE", "1") != "1":
             raise UsageError("--label-check needs all pictures in one process; go without torchrun")
+
+    def refuse_existing(self) -> None:
+        """Raise UsageError if something is there that may not be replaced."""
+        if self.report:
+            refuse_existing(self.report, overwrite=self.overwrite)
+        if self.label_check and self.report:
+            check_outputs(self.report, overwrite=self.overwrite)
 
     def refuse_any(self, option: str) -> None:
         """Raise UsageError if any is wanted, for `option` has none."""

@@ -16,4 +16,4 @@ def check_outputs(folder: Path, *, overwrite: bool) -> None:
     """
     for name in (SHEET, TABLE):
         if (folder / name).exists() and not overwrite:
-            raise UsageError(f"{folder / name} exists; give --overwrite or another --output")
+            raise UsageError(f"{folder / name} exists; give --overwrite or another --report")
