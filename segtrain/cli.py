@@ -153,7 +153,8 @@ def evaluate(
         typer.Option(min=32, help="Short side of what the network sees.  [as trained]"),
     ] = None,
     tile: Annotated[
-        int | None, typer.Option(min=64, help="Side of the tiles it sees.  [whole pictures]")
+        int | None,
+        typer.Option(help="Side of the tiles it sees, a multiple of 32.  [whole pictures]"),
     ] = None,
     tta: Annotated[
         Literal["none", "flip", "scales"],

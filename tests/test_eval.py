@@ -353,7 +353,7 @@ def test_predictions_without_data_ask_for_it(segtrain: Command, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "options",
-    [("--size", "32"), ("--tta", "flip"), ("--tta", "scales"), ("--size", "96", "--tile", "64")],
+    [("--size", "32"), ("--tta", "flip"), ("--tta", "scales"), ("--size", "160", "--tile", "128")],
     ids=" ".join,
 )
 def test_what_the_network_is_asked_is_written_down_and_makes_a_difference(

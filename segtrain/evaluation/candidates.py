@@ -74,7 +74,7 @@ class NetworkCandidate:
         device = next(self.model.parameters()).device
         batches = eval_batches(
             pictures,
-            image_size=self.asking.short_side,
+            image_size=self.asking.loaded_short_side,
             # By its own statistics a picture is judged alone.
             batch_size=1 if self.bn == "batch" else self.batch_size,
             rank=world.rank,

@@ -1,8 +1,9 @@
-"""From a network's logits to what evaluation and prediction look at."""
+"""How a network is asked about pictures: the one way that evaluation and prediction share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,30 +12,52 @@ from torch import Tensor, nn
 from segtrain.classes import PERSON
 from segtrain.config import Tta
 from segtrain.devices import Autocast
-from segtrain.images import Pixels, resize_short_side
-from segtrain.models.tiling import through_tiles
+from segtrain.images import Pixels, resize_short_side, scaled_size
+from segtrain.models.tiling import automatic_side, check_side, probs_by_tiles
 
-_SCALES: dict[Tta, tuple[float, ...]] = {
-    "none": (1.0,),
-    "flip": (1.0,),
-    "scales": (0.75, 1.0, 1.25),
-}
+_SCALES = (0.75, 1.0, 1.25)
+# Tiles on a GPU come so many at once; a megapixel keeps it busy.
+_PIXELS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """How a network is asked about a picture.
+    """How the network is asked.
 
-    short_side: what the network sees is scaled to this, pixels.
-    tta: flip: mean over the picture and its mirror image; scales: mean over 0.75, 1 and 1.25 of the
-        short side, each mirrored, too.
-    tile: the network sees no more than this at once, pixels to a side of the scaled picture; None
-        shows it the whole.
+    short_side: of the picture that the network sees, pixels.
+    tta: test-time augmentation, the mean over several views of the picture. "flip" takes the
+        picture and its mirror image, "scales" 0.75, 1 and 1.25 of the short side, each with its
+        mirror image.
+    tile: side of the square tiles in which the scaled picture is seen, pixels; None for whole,
+        "auto" as `segtrain.models.tiling.automatic_side` says.
+
+    Raises:
+        UsageError: tiles cannot have this side.
     """
 
     short_side: int
     tta: Tta = "none"
-    tile: int | None = None
+    tile: int | Literal["auto"] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tile, int):
+            check_side(self.tile)
+
+    @property
+    def short_sides(self) -> list[int]:
+        """Of each view, ascending; mirror images not counted."""
+        factors = _SCALES if self.tta == "scales" else (1.0,)
+        return [round(factor * self.short_side) for factor in factors]
+
+    @property
+    def num_views(self) -> int:
+        """How often the network is asked about a picture."""
+        return len(self.short_sides) * (1 if self.tta == "none" else 2)
+
+    @property
+    def loaded_short_side(self) -> int:
+        """To which a picture is scaled before `person_probs` gets it: as large as a view needs."""
+        return self.short_sides[-1]
 
 
 def person_probs_of_picture(
@@ -45,11 +68,12 @@ def person_probs_of_picture(
     Args:
         model: in evaluation mode, on `device`.
         picture: H W 3 uint8 RGB at its original resolution.
+        autocast: makes the precision context of the forward pass.
 
     Returns:
         H W float32 in 0..1, on `device`.
     """
-    scaled = resize_short_side(picture, asking.short_side)
+    scaled = resize_short_side(picture, asking.loaded_short_side)
     batch = torch.from_numpy(scaled).permute(2, 0, 1)[None].to(device)
     height, width = picture.shape[:2]
     return person_probs(model, batch, (height, width), autocast, asking=asking)[0]
@@ -67,53 +91,68 @@ def person_probs(
     """Probability of person for each pixel of the original pictures.
 
     Probabilities are enlarged before anybody thresholds them: enlarging a mask would make stairs.
-    On a CPU pictures go through the network one by one, which costs nothing there, so that the
-    result does not depend on which others are in the batch, to the last bit.
+
+    The network gets one picture or tile at a time on a CPU, where a batch would change the last
+    bits and save nothing, and where batch norm goes by what is looked at. On a GPU it gets the
+    whole batch, or as many tiles as make a megapixel.
+
+    Memory beyond the network's own, in bytes a pixel: 8 of each original picture; of the scaled one
+    4 with tiles, 7 for the mirror image, and 24 while another scale is made.
 
     Args:
         model: in evaluation mode.
-        image: N 3 h w uint8 on the model's device, scaled to `asking.short_side`.
+        image: N 3 h w uint8 on the model's device, scaled to `asking.loaded_short_side`.
         out_size: H, W of the original pictures.
         autocast: makes the precision context of the forward pass.
 
     Returns:
         N H W float32 in 0..1, on the model's device.
     """
-    if image.device.type == "cpu" and len(image) > 1:
-        ones = (
-            person_probs(model, one, out_size, autocast, asking=asking)
-            for one in torch.split(image, 1)
-        )
-        return torch.cat(list(ones))
-
-    def see(part: Tensor) -> Tensor:
-        with autocast():
-            logits: Tensor = model(part)
-        return logits.float().softmax(dim=1)[:, PERSON]
-
-    scales = _SCALES[asking.tta]
-    answers = (_resized(_at_scale(see, image, scale, asking), out_size) for scale in scales)
-    total = next(answers)
-    for answer in answers:
-        total += answer
-    return total.div_(len(scales))
+    alone = image.device.type == "cpu" or any(module.training for module in model.modules())
+    look = partial(
+        _look, partial(_ask, model, autocast), asking.tile, 1 if alone else _PIXELS_AT_ONCE
+    )
+    total = torch.zeros((len(image), *out_size), device=image.device)
+    at_once = 1 if alone or asking.tile is not None else len(image)
+    for part, sums in zip(torch.split(image, at_once), torch.split(total, at_once), strict=True):
+        for view in _views(part, asking):
+            sums += _enlarged(look(view), out_size)
+            if asking.tta != "none":
+                sums += _enlarged(look(view.flip(-1)).flip(-1), out_size)
+    return total.div_(asking.num_views)
 
 
-def _at_scale(
-    see: Callable[[Tensor], Tensor], image: Tensor, scale: float, asking: Asking
+def _views(image: Tensor, asking: Asking) -> Iterator[Tensor]:
+    """The picture at each scale, N 3 h w; the largest is the one that came."""
+    *smaller, _ = asking.short_sides
+    for short_side in smaller:
+        size = scaled_size(image.shape[2], image.shape[3], short_side)
+        yield F.interpolate(image.float(), size, mode="bilinear", antialias=True)
+    yield image
+
+
+def _look(
+    ask: Callable[[Tensor], Tensor],
+    tile: int | Literal["auto"] | None,
+    pixels_at_once: int,
+    image: Tensor,
 ) -> Tensor:
-    if scale != 1:
-        size = [max(1, round(side * scale)) for side in image.shape[-2:]]
-        image = F.interpolate(image.float(), size=size, mode="bilinear", antialias=True)
-    look = see if asking.tile is None else partial(through_tiles, see, tile=asking.tile)
-    probs = look(image)
-    if asking.tta != "none":
-        probs = (probs + look(image.flip(-1)).flip(-1)) / 2
-    return probs
+    """Probabilities N h w of pictures N 3 h w, whole or by tiles; with tiles N must be 1."""
+    side = automatic_side(image.shape[2], image.shape[3]) if tile == "auto" else tile
+    if side is None:
+        return ask(image)
+    return probs_by_tiles(ask, image, side, pixels_at_once)[None]
 
 
-def _resized(probs: Tensor, size: tuple[int, int]) -> Tensor:
-    if probs.shape[-2:] == size:
+def _ask(model: nn.Module, autocast: Autocast, image: Tensor) -> Tensor:
+    """The network's probabilities of person, N h w float32, for N 3 h w."""
+    with autocast():
+        logits: Tensor = model(image)
+    return logits.float().softmax(dim=1)[:, PERSON]
+
+
+def _enlarged(probs: Tensor, size: tuple[int, int]) -> Tensor:
+    """N h w scaled to `size`."""
+    if probs.shape[1:] == size:
         return probs
-    resized = F.interpolate(probs[:, None], size=size, mode="bilinear", align_corners=False)
-    return resized[:, 0]
+    return F.interpolate(probs[:, None], size, mode="bilinear", align_corners=False)[:, 0]

@@ -1,80 +1,152 @@
-"""Seeing a large picture through overlapping tiles, blended so that no seam shows.
+"""Large pictures seen tile by tile, and the tiles' answers blended so that no seam shows.
 
-What a network says near the inner edge of a tile lacks the picture beyond it. So nothing is taken
-from a tile's outermost pixels, three eighths of the overlap, and over the quarter in the middle
-one tile's answer turns into the next one's. Where a network sees no farther than that margin, tiles
-give what the whole picture gives.
+A tile's answers are worst next to its inner edges, where the network sees padding in place of the
+picture. So tiles overlap, and next to an inner edge a tile's weight is zero. Further in it rises
+smoothly to one, while that of the neighbour falls. What a network says from less of the picture
+around a pixel than this margin comes out as if the picture had been seen whole.
+
+Probabilities are blended, not logits. Between two tiles that disagree the blend is then never
+steeper than the weights are. Logits have no bound: a tile that is far surer would win within a few
+pixels, which looks like a seam.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby, pairwise, product
 
 import torch
 from torch import Tensor
 
-# A network that halves five times sees the same grid in a tile that starts at a multiple of this.
-_GRID = 32
-SMALLEST_TILE = 2 * _GRID
+from segtrain.errors import UsageError
+
+STRIDE = 32
+"""Tiles begin at multiples of this: what all networks here halve to, unless they are deepened. So a
+tile is pooled at the same pixels as the whole picture is."""
+
+_SMALLEST = 4 * STRIDE
+_AUTOMATIC = 512
+_LARGEST_WHOLE = 2**20
+# Weights are whole multiples of this: sums of products of two are exact in float32.
+_GRAIN = 2.0**-12
 
 
-def through_tiles(see: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tensor:
-    """Put an answer together from tiles, seen one after the other.
+@dataclass(frozen=True)
+class Strip:
+    """The rows or the columns of a tile, and how much each counts: float32 in 0..1."""
 
-    Besides picture and answer it takes the memory of one tile.
+    where: slice
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+Tile = tuple[Strip, Strip]
+"""Rows and columns."""
+
+
+def check_side(side: int) -> None:
+    """Refuse sides that tiles cannot have.
+
+    Raises:
+        UsageError: `side` is too small or no multiple of STRIDE.
+    """
+    if side < _SMALLEST or side % STRIDE:
+        raise UsageError(
+            f"tiles cannot have a side of {side} pixels; take a multiple of {STRIDE} from "
+            f"{_SMALLEST} on"
+        )
+
+
+def automatic_side(height: int, width: int) -> int | None:
+    """None, for whole, up to a megapixel; else 512 pixels.
+
+    A megapixel takes the networks here a few GB in float32, a tile of 512 pixels a quarter of that.
+    """
+    return None if height * width <= _LARGEST_WHOLE else _AUTOMATIC
+
+
+def spans(length: int, side: int) -> list[slice]:
+    """Where the tiles lie along one side of a picture, evenly spread.
+
+    Neighbours overlap by at least a quarter of a tile. All begin at multiples of STRIDE and none
+    reaches beyond the picture; the last one is up to STRIDE - 1 pixels shorter, so that the network
+    pads it just as it pads the whole picture. A picture that is no longer than a tile has one.
+    """
+    if length <= side:
+        return [slice(0, length)]
+    step = side - _overlap(side)
+    last = -(-(length - side) // STRIDE)
+    num_steps = -(-last * STRIDE // step)
+    starts = [last * number // num_steps * STRIDE for number in range(num_steps + 1)]
+    return [slice(start, min(start + side, length)) for start in starts]
+
+
+def strips(length: int, side: int, device: torch.device) -> list[Strip]:
+    """The tiles along one side of a picture, weighted.
+
+    Halfway through each overlap a step rises from 0 to 1, and a tile counts as much as the step at
+    its beginning exceeds the one at its end. So at every pixel the weights sum to exactly one.
+    """
+    tiles = spans(length, side)
+    middles = torch.arange(length, device=device) + 0.5
+    steps = [torch.ones(length, device=device)]
+    for tile, following in pairwise(tiles):
+        centre = (following.start + tile.stop) / 2
+        t = ((middles - centre) / _ramp(side) + 0.5).clamp_(0, 1)
+        steps.append((t * t * (3 - 2 * t) / _GRAIN).round_() * _GRAIN)
+    steps.append(torch.zeros(length, device=device))
+    return [
+        Strip(tile, (begin - end)[tile])
+        for tile, (begin, end) in zip(tiles, pairwise(steps), strict=True)
+    ]
+
+
+def probs_by_tiles(
+    ask: Callable[[Tensor], Tensor], image: Tensor, side: int, pixels_at_once: int
+) -> Tensor:
+    """What `ask` says about a picture, seen in square tiles.
+
+    Beside the result, 4 bytes a pixel, memory is taken for one batch of tiles.
 
     Args:
-        see: N 3 h w → N h w float32, of any h and w.
-        image: N 3 H W.
-        tile: longest side of what is seen at once, pixels; at least `SMALLEST_TILE`.
+        ask: from N 3 h w to probabilities N h w float32.
+        image: 1 3 H W.
+        side: of the tiles, as `check_side` allows.
+        pixels_at_once: `ask` gets at most so many, but at least one tile.
 
     Returns:
-        N H W float32 on the picture's device.
+        H W float32 on the picture's device.
     """
     height, width = image.shape[-2:]
-    rows, columns = (_ramps(length, tile, image.device) for length in (height, width))
-    answer = torch.zeros(len(image), height, width, device=image.device)
-    for top, down in rows:
-        for left, across in columns:
-            place = (..., slice(top, top + len(down)), slice(left, left + len(across)))
-            answer[place] += see(image[place]) * (down[:, None] * across)
-    answer /= _total(rows, height, image.device)[:, None]
-    answer /= _total(columns, width, image.device)
-    return answer
+    probs = torch.zeros((height, width), device=image.device)
+    tiles = product(strips(height, side, image.device), strips(width, side, image.device))
+    for batch in _batches(tiles, pixels_at_once):
+        answers = ask(torch.cat([image[:, :, rows.where, cols.where] for rows, cols in batch]))
+        for (rows, cols), answer in zip(batch, answers, strict=True):
+            place = probs[rows.where, cols.where]
+            place.addcmul_(answer, rows.weights[:, None] * cols.weights)
+    return probs
 
 
-def _ramps(length: int, tile: int, device: torch.device) -> list[tuple[int, Tensor]]:
-    """Along one side: where tiles start, and the weight of each of their pixels."""
-    starts = tile_starts(length, tile)
-    # Two tiles share at least so much: the margin twice and the ramp between.
-    shared = tile - _step(tile)
-    margin, ramp = 3 * shared / 8, shared / 4
-    found = []
-    for start in starts:
-        size = min(tile, length - start)
-        inside = torch.arange(size, device=device) + 0.5
-        weight = torch.ones(size, device=device)
-        if start > 0:
-            weight = weight.minimum((inside - margin) / ramp)
-        if start + size < length:
-            weight = weight.minimum((size - inside - margin) / ramp)
-        found.append((start, weight.clamp(min=0)))
-    return found
+def _overlap(side: int) -> int:
+    """At least a quarter, and tiles still begin at multiples of STRIDE."""
+    return -(-side // (4 * STRIDE)) * STRIDE
 
 
-def tile_starts(length: int, tile: int) -> list[int]:
-    """Where the tiles along a side begin; the last one may be smaller by less than 32 pixels."""
-    if length <= tile:
-        return [0]
-    last = -(-(length - tile) // _GRID) * _GRID
-    return [*range(0, last, _step(tile)), last]
+def _ramp(side: int) -> int:
+    """The middle half of the overlap; on both sides of it one of two neighbours is not heard."""
+    return _overlap(side) // 2
 
 
-def _step(tile: int) -> int:
-    """From one tile to the next: three quarters of it, so that a quarter overlaps."""
-    return max(_GRID, 3 * tile // 4 // _GRID * _GRID)
+def _batches(tiles: Iterable[Tile], pixels_at_once: int) -> Iterator[list[Tile]]:
+    """Tiles of equal height and width, several at once."""
 
+    def shape(tile: Tile) -> tuple[int, int]:
+        return len(tile[0]), len(tile[1])
 
-def _total(ramps: list[tuple[int, Tensor]], length: int, device: torch.device) -> Tensor:
-    total = torch.zeros(length, device=device)
-    for start, weight in ramps:
-        total[start : start + len(weight)] += weight
-    return total
+    for (height, width), alike in groupby(sorted(tiles, key=shape), key=shape):
+        waiting = list(alike)
+        at_once = max(1, pixels_at_once // (height * width))
+        for start in range(0, len(waiting), at_once):
+            yield waiting[start : start + at_once]

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from segtrain.devices import describe_device, resolve_device
 from segtrain.errors import DataError
 from segtrain.files import write_bytes
 from segtrain.images import encode_image, read_image
 from segtrain.prediction.compose import MakeBackground, background_maker
 from segtrain.prediction.jobs import Job
-from segtrain.prediction.outputs import OUTPUTS, Composition
-from segtrain.prediction.predictor import Predictor
+from segtrain.prediction.network import HowToRun, Network, open_network
+from segtrain.prediction.outputs import OUTPUTS, Composition, Result
 from segtrain.progress import progress_bar
 from segtrain.runs import find_checkpoint
 
@@ -48,14 +47,13 @@ def predict_all(
     Raises:
         UserError: of any kind but a single unusable picture.
     """
-    device = resolve_device(device_name)
     make_background = background_maker(background)
     path, chosen_by = find_checkpoint(checkpoint)
-    predictor = Predictor(path, device)
-    tell(f"checkpoint: {path} ({chosen_by}), device: {describe_device(device)}")
+    network = open_network(path, HowToRun(device=device_name))
+    tell(f"checkpoint: {path} ({chosen_by}), {network.description}")
     problems = []
     with progress_bar(total=len(jobs), desc="predicting") as bar:
-        for outcome in run_jobs(jobs, predictor, make_background, max_pixels=max_pixels):
+        for outcome in run_jobs(jobs, network, make_background, max_pixels=max_pixels):
             if outcome.problem is not None:
                 problems.append(outcome.problem)
                 bar.write(f"skipped: {outcome.problem}", file=sys.stderr)
@@ -67,7 +65,7 @@ def predict_all(
 
 def run_jobs(
     jobs: Sequence[Job],
-    predictor: Predictor,
+    network: Network,
     make_background: MakeBackground,
     *,
     max_pixels: int,
@@ -79,7 +77,9 @@ def run_jobs(
     """
     for job in jobs:
         try:
-            result = predictor(read_image(job.source, max_pixels=max_pixels))
+            image = read_image(job.source, max_pixels=max_pixels)
+            [probability] = network.probs([image])
+            result = Result(image=image, probability=probability)
             _write(job, Composition(result, make_background))
         except DataError as error:
             yield Outcome(job, problem=str(error))

@@ -1,0 +1,62 @@
+"""What predict asks of a network, whatever runs it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from segtrain.config import Precision, Tta
+from segtrain.images import Pixels
+
+Probability = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowToRun:
+    """What the user says about running a network.
+
+    size: short side at which it sees pictures, pixels; None: as trained.
+    tile: side of the square tiles in which it sees the scaled picture, pixels; "auto": whole up to
+        a megapixel, else tiles of 512; None: whole.
+    """
+
+    device: str = "auto"
+    precision: Precision = "fp32"
+    size: int | None = None
+    tta: Tta = "none"
+    tile: int | Literal["auto"] | None = "auto"
+
+
+class Network(Protocol):
+    """A trained network."""
+
+    @property
+    def description(self) -> str:
+        """Which network on which device, for people."""
+        ...
+
+    def probs(self, pictures: Sequence[Pixels]) -> list[Probability]:
+        """Probability of person at every pixel of every picture.
+
+        Args:
+            pictures: H W 3 uint8 RGB, upright, of any sizes; equal sizes may go together.
+
+        Returns:
+            H W float32 in 0..1 for each, at its own size.
+        """
+        ...
+
+
+def open_network(path: Path, how: HowToRun) -> Network:
+    """The network in a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or no checkpoint.
+        UsageError: the device is not there.
+    """
+    from segtrain.prediction.torch_network import TorchNetwork
+
+    return TorchNetwork(path, how)
