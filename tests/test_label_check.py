@@ -4,6 +4,7 @@ import csv
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,9 @@ from PIL import Image
 
 from segtrain.data.sample import Catalog, Sample
 from segtrain.errors import DataError, UsageError
+from segtrain.evaluation.labels import ranking as ranking_module
 from segtrain.evaluation.labels.check import LabelCheck, LabelCheckResult, summary_lines
-from segtrain.evaluation.labels.close_up import close_up
+from segtrain.evaluation.labels.close_up import CloseUp, close_up
 from segtrain.evaluation.labels.outputs import check_outputs
 from segtrain.evaluation.labels.pieces import Box
 from segtrain.evaluation.labels.ranking import PICTURES_A_KIND, Ranking
@@ -164,6 +166,21 @@ def test_what_is_ignored_is_neither_missing_nor_a_phantom() -> None:
     cut = people(LEFT)
     cut[:, 90:] = 255  # half a person and everything right of him
     assert suspicions_of(seen(people(LEFT)), cut) == []
+    truth, crowd = np.zeros((2, HEIGHT, WIDTH), np.uint8)
+    truth[50:200, 100:180] = 1
+    crowd[40:210, 107:190] = 255  # drawn loosely, as crowds are: somebody sticks out of it
+    assert suspicions_of(truth.astype(np.float32), crowd) == []
+
+
+def test_what_is_small_is_left_alone() -> None:
+    truth = people(LEFT)
+    truth[20:30, 250:260] = 1
+    assert suspicions_of(truth.astype(np.float32), people(LEFT)) == []
+    assert suspicions_of(people(LEFT).astype(np.float32), truth) == []
+
+    full, nearly = np.ones((2, HEIGHT, WIDTH), np.uint8)
+    full[:6, :6], nearly[:14, :14] = 0, 0  # all of what little outline there is, is off
+    assert suspicions_of(nearly.astype(np.float32), full) == []
 
 
 # Planted faults.
@@ -174,6 +191,25 @@ def test_a_person_taken_out_of_the_annotation_is_missing() -> None:
 
     assert found.keys() == {"missing person"}
     assert box_iou(found["missing person"].box, box_of(people(RIGHT))) > 0.9
+
+
+def test_of_several_the_strongest_is_boxed() -> None:
+    truth = people(RIGHT)
+    cv2.circle(truth, LEFT, 20, 1, -1)
+    cv2.circle(truth, (160, 200), 18, 1, -1)
+    [found] = suspicions_of(seen(truth), np.zeros_like(truth))
+
+    assert box_iou(found.box, box_of(people(RIGHT))) > 0.9
+
+
+def test_a_speck_beside_a_person_does_not_widen_the_box() -> None:
+    truth = np.zeros((HEIGHT, WIDTH), np.uint8)
+    cv2.circle(truth, (160, 120), 50, 1, -1)
+    person = box_of(truth)
+    truth[173:176, 213:216] = 1
+    [found] = suspicions_of(truth.astype(np.float32), np.zeros_like(truth))
+
+    assert found.box == person
 
 
 def test_a_missing_person_who_touches_another_is_boxed_alone() -> None:
@@ -216,6 +252,14 @@ def test_an_outline_that_is_off_is_coarse(coarsen: Callable[[Pixels], Pixels]) -
 
     assert found.keys() == {"coarse edge"}
     assert box_iou(found["coarse edge"].box, box_of(coarsen(people(RIGHT)))) == 1
+
+
+def test_an_outline_that_is_off_by_little_more_than_the_band_hides_nobody() -> None:
+    truth = np.zeros((HEIGHT, WIDTH), np.uint8)
+    truth[40:200, 80:220] = 1
+
+    assert kinds_of(seen(truth), eroded(truth, 11)).keys() == {"coarse edge"}
+    assert kinds_of(seen(eroded(truth, 11)), truth).keys() == {"coarse edge"}
 
 
 def test_a_hole_deeper_than_the_band_is_a_missing_part_and_no_coarse_edge() -> None:
@@ -344,6 +388,25 @@ def test_the_strongest_are_shown_whatever_came_first(seed: int) -> None:
     assert ranking.shown("coarse edge") == []
 
 
+def test_threads_together_keep_no_more_than_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(probs: Probs, box: Box) -> CloseUp:
+        time.sleep(0.002)  # lets all others come to the same point
+        return close_up(probs, box)
+
+    monkeypatch.setattr(ranking_module, "close_up", slowly)
+    ranking, probs = Ranking(), np.zeros((20, 20), np.float32)
+
+    def add(index: int) -> None:
+        suspicion = Suspicion(kind="wrong crowd", score=index / 100, box=Box(0, 0, 9, 9))
+        ranking.add(index, suspicion, probs)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(60)))
+
+    shown = [ranked.index for ranked, _ in ranking.shown("wrong crowd")]
+    assert shown == list(range(59, 59 - PICTURES_A_KIND, -1))
+
+
 # The sheet.
 
 
@@ -362,22 +425,23 @@ def test_the_sheet_shows_both_outlines_and_a_box() -> None:
 
 def test_a_small_piece_is_enlarged_and_boxed_where_it_is() -> None:
     truth = np.zeros((480, 640), np.uint8)
-    truth[200:240, 500:540] = 1
-    sample = Sample(
-        image=np.zeros((480, 640, 3), np.uint8), mask=np.zeros_like(truth), image_id="x"
-    )
-    [suspicion] = suspicions_of(truth.astype(np.float32), sample.mask)
-    view = close_up(truth.astype(np.float32), suspicion.box)
+    cv2.circle(truth, (520, 220), 20, 1, -1)
+    probs = truth.astype(np.float32)
+    nobody = np.zeros_like(truth)
+    sample = Sample(image=np.zeros((480, 640, 3), np.uint8), mask=nobody, image_id="x")
+    [suspicion] = suspicions_of(probs, nobody)
+    view = close_up(probs, suspicion.box)
     pixels = drawn(sample, view, suspicion.box)
 
-    assert suspicion.box == (500, 200, 40, 40)
+    assert suspicion.box == box_of(truth) == (500, 200, 41, 41)
     assert max(pixels.shape) == 256
-    left, top, width, height = box_of((pixels == RED).all(axis=2))
-    enlarged = pixels.shape[1] / view.view.width
-    assert left / enlarged + view.view.left == pytest.approx(500, abs=1)
-    assert top / enlarged + view.view.top == pytest.approx(200, abs=1)
-    assert (width / enlarged, height / enlarged) == pytest.approx((40, 40), abs=2)
     assert not (pixels == YELLOW).all(axis=2).any()
+    enlarged = pixels.shape[1] / view.view.width
+    for colour in (RED, BLUE):
+        left, top, width, height = box_of((pixels == colour).all(axis=2))
+        assert left / enlarged + view.view.left == pytest.approx(500, abs=2)
+        assert top / enlarged + view.view.top == pytest.approx(200, abs=2)
+        assert (width / enlarged, height / enlarged) == pytest.approx((41, 41), abs=3)
 
 
 def test_a_picture_that_can_no_longer_be_read_is_left_out_of_the_sheet_alone() -> None:

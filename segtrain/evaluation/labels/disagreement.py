@@ -35,13 +35,13 @@ class Difference:
     All are H W.
 
     pixels: all of them.
-    near: within the band of a person whom the other sees, and not joined to what is far.
-    far: no person of the other's is as near, and the piece is wider than half the band.
+    far: no person of the other's is within the band, and the piece is wider than half the band.
+    near: neither far nor joined to it: outlines that are off.
     """
 
     pixels: Region
-    near: Region
     far: Region
+    near: Region
 
 
 class Disagreement:
@@ -80,12 +80,12 @@ class Disagreement:
             others: the people whom the other one of the two sees.
         """
         if not pixels.any():
-            return Difference(pixels=pixels, near=pixels, far=pixels)
+            return Difference(pixels=pixels, far=pixels, near=pixels)
         near_others = grown(others | (self.mask == IGNORE), self.depth)
         # A sliver just beyond the band is the rest of an outline that is off.
         far = opened(pixels & ~near_others, self.depth // 2 + 1)
-        near = pixels & near_others & ~grown(far, self.depth)
-        return Difference(pixels=pixels, near=near, far=far)
+        near = pixels & ~grown(far, self.depth)
+        return Difference(pixels=pixels, far=far, near=near)
 
 
 def grown(region: Region, depth: int) -> Region:

@@ -98,9 +98,9 @@ def _far_pieces(disagreement: Disagreement, difference: Difference) -> Iterator[
 def _coarse_edges(disagreement: Disagreement) -> Iterator[Scored]:
     """An annotated person's outline is off along much of its length; scored by that share.
 
-    Off it is where a sure disagreement begins at the outline, stays within the band and is thicker
-    than an eighth of the band; to which side does not matter. Pieces that reach out of the band do
-    not count, nor does what the network is unsure of, such as its own blurred outline.
+    Off it is where a sure disagreement begins at the outline that is thicker than an eighth of the
+    band, to whichever side. Pieces that reach far out of the band do not count, nor does what the
+    network is unsure of, such as its own blurred outline.
     """
     mask, depth = disagreement.mask, disagreement.depth
     near = disagreement.missing.near | disagreement.phantom.near
