@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from segtrain import __version__
 from segtrain.evaluation.judgement import Judgement
@@ -86,13 +85,13 @@ def _content(judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def _own_file(name: str) -> Markup:
-    """A file of ours, which goes in as it is."""
+def _own_file(name: str) -> str:
+    """A style sheet or a script of ours; it goes into the page as it is."""
     file = resources.files(_PACKAGE) / "templates" / name
-    return Markup(file.read_text(encoding="utf-8"))
+    return file.read_text(encoding="utf-8")
 
 
-def _hash(script: Markup) -> str:
+def _hash(script: str) -> str:
     """By which the page's policy knows a script as its own, and no other."""
     digest = hashlib.sha256(script.encode("utf-8")).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"

@@ -129,7 +129,9 @@ const gallery = (() => {
     cards.children[first]?.querySelector("button").focus();
   });
 
-  tools.addEventListener("input", refresh);
+  // Not the change of the search box: it comes when a card is pressed, which must then stay.
+  for (const select of tools.querySelectorAll("select")) select.addEventListener("change", refresh);
+  find("search").addEventListener("input", refresh);
   tools.addEventListener("submit", (event) => event.preventDefault());
   // The fields have their first values only after the event.
   tools.addEventListener("reset", () => setTimeout(refresh));
