@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
+from segtrain.evaluation.bootstrap import compare
 from segtrain.evaluation.figures import image_ious
 from segtrain.evaluation.judgement import Judgement
 from segtrain.evaluation.report import Gallery, write_report
@@ -139,7 +141,9 @@ def browser(started: Browser) -> Iterator[Browser]:
 def judgement() -> Judgement:
     names = [f"picture {index}" for index in range(NUM)]
     names[7] = NASTY
-    return drawn_judgement(NUM, names=names)
+    records = drawn_judgement(NUM).totals.records
+    # Against itself: every difference may be chance, which is said, too.
+    return drawn_judgement(NUM, names=names, comparison=compare(records, records))
 
 
 @pytest.fixture(scope="module")
@@ -309,25 +313,28 @@ def test_the_slider_wipes_between_truth_and_prediction(browser: Browser, page: P
     assert browser.find("#viewer-name").text == "picture 4"
     slider = browser.find("#wipe")
 
-    def shown() -> tuple[str, str]:
-        return tuple(
+    def cut() -> tuple[float, float]:
+        """Per cent that are cut off the truth at the right, and off the prediction at the left."""
+        truth, prediction = (
             browser.style(f"#stage [data-kind={kind}]", "clipPath")
             for kind in ("truth", "prediction")
         )
+        right = re.fullmatch(r"inset\(0px (?:calc\()?([\d.]+)%\)? 0px 0px\)", truth)
+        left = re.fullmatch(r"inset\(0px 0px 0px ([\d.]+)%\)", prediction)
+        assert right is not None, truth
+        assert left is not None, prediction
+        return float(right[1]), float(left[1])
 
-    assert shown() == ("inset(0px calc(50%) 0px 0px)", "inset(0px 0px 0px 50%)") or shown() == (
-        "inset(0px 50% 0px 0px)",
-        "inset(0px 0px 0px 50%)",
-    )
+    assert cut() == (50, 50)
     slider.send_keys(*[Keys.ARROW_RIGHT] * 10)
-    assert "40%" in shown()[0]
-    assert "60%" in shown()[1]
+    assert cut() == (40, 60)
     # The arrows have moved the line and not the picture.
     assert browser.find("#viewer-name").text == "picture 4"
     assert slider.get_attribute("aria-valuetext") == "truth in the left 60 per cent"
     slider.send_keys(Keys.HOME)
-    assert "100%" in shown()[0]
-    assert shown()[1].endswith(" 0%)") or shown()[1] == "inset(0px)"
+    assert cut() == (100, 0)
+    slider.send_keys(Keys.END)
+    assert cut() == (0, 100)
 
 
 def test_what_is_seen_is_truth_at_the_left_and_prediction_at_the_right(
@@ -437,7 +444,8 @@ def test_controls_have_names_and_the_outline_is_whole(browser: Browser, page: Pa
 def test_of_5000_pictures_few_are_loaded(browser: Browser, large_page: Path) -> None:
     browser.open(large_page)
     assert browser.find("#count").text == "5,000 pictures"
-    assert browser.num_loaded() < 200
+    # They lie far below.
+    assert browser.num_loaded() < 20
     browser.run("document.getElementById('gallery').scrollIntoView({behavior: 'instant'})")
     browser.wait_for(lambda: browser.num_loaded() >= 10)
     for _ in range(5):

@@ -123,6 +123,15 @@ def test_the_photo_is_the_picture(tmp_path: Path) -> None:
             assert np.abs(np.asarray(picture).astype(int) - (200, 40, 90)).max() <= 4
 
 
+def test_a_small_strip_is_shown_as_sharp_as_it_is(tmp_path: Path) -> None:
+    Gallery(tmp_path, DrawnSource(1, (8, 600)), 0.5).add(0, *noise((8, 600)))
+
+    with Image.open(picture_path(tmp_path, 0, "photo")) as picture:
+        shown = np.asarray(picture.convert("L"), dtype=float)
+    gray = DrawnSource(1, (8, 600)).image(0).mean(axis=2)
+    assert np.corrcoef(shown.flat, gray.flat)[0, 1] > 0.85
+
+
 def test_threads_write_the_same_files_as_one_after_the_other(tmp_path: Path) -> None:
     num = 12
     for folder, workers in (("one", 1), ("four", 4)):

@@ -71,7 +71,7 @@ def _content(judgement: Judgement) -> dict[str, Any]:
         "bars": list(tables.headline_bars(judgement)),
         "verdict": words.verdict(comparison) if comparison else "",
         "cautions": list(words.cautions(comparison)) if comparison else [],
-        "comparison_rows": list(tables.comparison_rows(judgement)),
+        "comparison_rows": list(tables.comparison_rows(comparison)) if comparison else [],
         "trivial_names": tables.trivial_names(judgement),
         "figure_rows": list(tables.figure_rows(judgement)),
         "empty_rule": words.EMPTY_RULE,

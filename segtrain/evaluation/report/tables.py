@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from segtrain.evaluation.bootstrap import Interval
+from segtrain.evaluation.bootstrap import Comparison, Interval
 from segtrain.evaluation.judgement import Judgement, SliceFigures
 from segtrain.evaluation.report.words import FIGURE_WORDS, TRIVIAL_WORDS, percent, span
 
@@ -101,11 +101,10 @@ def slice_groups(judgement: Judgement) -> list[SliceGroup]:
     ]
 
 
-def comparison_rows(judgement: Judgement) -> Iterator[ComparisonRow]:
-    """The other run, this one, and the difference; nothing where there is no other run."""
-    comparison = judgement.comparison
-    for figure, difference in comparison.differences.items() if comparison else ():
-        if comparison is None or figure in _ELSEWHERE:
+def comparison_rows(comparison: Comparison) -> Iterator[ComparisonRow]:
+    """The other run, this one, and the difference."""
+    for figure, difference in comparison.differences.items():
+        if figure in _ELSEWHERE:
             continue
         plus = "+" if difference.value > 0 else ""
         yield ComparisonRow(

@@ -86,10 +86,10 @@ def provenance(judgement: Judgement) -> Iterator[tuple[str, str]]:
     """What is needed to measure the same again: term, and what it was."""
     subject, exam = judgement.subject, judgement.exam
     yield "Masks" if subject.kind == "predictions" else "Checkpoint", str(subject.path)
-    if subject.model is not None:
-        yield "Network", subject.model
     for root in exam.data:
         yield "Data", str(root)
+    if subject.model is not None:
+        yield "Network", subject.model
     yield "Split", exam.split
     yield "Pictures", f"{judgement.num_images:,}"
     yield "Damaged", f"{exam.num_damaged:,}"
