@@ -58,7 +58,7 @@ def figures_table(judgement: Judgement) -> Table:
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("95 %", justify="right", no_wrap=True)
     for name in judgement.trivial:
-        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
+        table.add_column(name.replace(" ", "\n"), justify="right")
     for key, label in LABELS.items():
         figure = judgement.figures[key]
         trivial = [_value(figures.get(key)) for figures in judgement.trivial.values()]
@@ -73,7 +73,7 @@ def slices_table(judgement: Judgement) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("images", justify="right")
     for heading in _IN_SLICES.values():
-        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+        table.add_column(heading.replace(" ", "\n"), justify="right")
     groups: dict[str, list[SliceFigures]] = {}
     for part in judgement.slices:
         if part.num_images:
