@@ -74,7 +74,7 @@ def person_probs_of_picture(
         H W float32 in 0..1, on `device`.
     """
     scaled = resize_short_side(picture, asking.loaded_short_side)
-    batch = torch.from_numpy(scaled).permute(2, 0, 1)[None].to(device)
+    batch = torch.from_numpy(scaled)[None].permute(0, 3, 1, 2).to(device)
     height, width = picture.shape[:2]
     return person_probs(model, batch, (height, width), autocast, asking=asking)[0]
 
@@ -109,12 +109,12 @@ def person_probs(
         N H W float32 in 0..1, on the model's device.
     """
     alone = image.device.type == "cpu" or any(module.training for module in model.modules())
-    look = partial(
-        _look, partial(_ask, model, autocast), asking.tile, 1 if alone else _PIXELS_AT_ONCE
-    )
+    images_at_once = 1 if alone or asking.tile is not None else len(image)
+    pixels_at_once = 1 if alone else _PIXELS_AT_ONCE
+    look = partial(_look, partial(_ask, model, autocast), asking.tile, pixels_at_once)
     total = torch.zeros((len(image), *out_size), device=image.device)
-    at_once = 1 if alone or asking.tile is not None else len(image)
-    for part, sums in zip(torch.split(image, at_once), torch.split(total, at_once), strict=True):
+    parts = torch.split(image, images_at_once), torch.split(total, images_at_once)
+    for part, sums in zip(*parts, strict=True):
         for view in _views(part, asking):
             sums += _enlarged(look(view), out_size)
             if asking.tta != "none":
