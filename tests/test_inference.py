@@ -150,7 +150,7 @@ def test_tiles_cover_a_side_of_any_length(length: int, side: int) -> None:
     assert tiles[-1].stop == length
     assert (len(tiles) == 1) == (length <= side)
     for one, other in pairwise(tiles):
-        assert one.start < other.start <= one.stop - side / 4
+        assert one.start < other.start <= one.stop - side / 2
         assert one.stop - one.start == side
     if len(tiles) > 1:
         assert side - 32 < length - tiles[-1].start <= side
@@ -167,7 +167,7 @@ def test_weights_sum_to_one_and_vanish_at_inner_edges(length: int, side: int) ->
         assert weights.shape == (part.where.stop - part.where.start,)
         assert weights.min() >= 0
         total[part.where] += weights
-        margin = side // 16
+        margin = side // 8
         if part is not parts[0]:
             assert not weights[:margin].any()
         if part is not parts[-1]:
@@ -233,25 +233,27 @@ def reach(model: nn.Module) -> int:
     return int((spoilt - 96).abs().max())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_real_networks_say_the_same_by_tiles_away_from_their_edges(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "side"), [("unet", 256), ("unet valid", 256), ("tiramisu", 256), ("deep unet", 192)]
+)
+def test_real_networks_say_the_same_by_tiles_away_from_their_edges(name: str, side: int) -> None:
     torch.manual_seed(0)
     model = NETWORKS[name]().eval()
     picture = noise(300, 417)
     with torch.inference_mode():
         far = reach(model)
         whole = probs(model, picture)
-        difference = (probs(model, picture, tile=256) - whole).abs()
+        difference = (probs(model, picture, tile=side) - whole).abs()
     assert whole.std() > 0.01
     near = torch.zeros(300, 417, dtype=torch.bool)
-    rows, columns = strips(300, 256, CPU), strips(417, 256, CPU)
+    rows, columns = strips(300, side, CPU), strips(417, side, CPU)
     for row in rows:
         near[_seen_near_an_edge(row, 300, far), :] = True
     for column in columns:
         near[:, _seen_near_an_edge(column, 417, far)] = True
     assert near.float().mean() < 0.5
     assert difference[~near].max() < 1e-5
-    if far <= 256 // 16:
+    if far <= side // 8:
         assert not near.any()
     else:
         assert difference.max() > 1e-5  # else the rule above would prove nothing
@@ -281,10 +283,10 @@ def steepest(picture: Tensor, side: int) -> float:
 
 
 def test_tiles_that_disagree_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights rise over an eighth of a tile, 32 pixels, in the middle three halves as fast."""
+    """The weights rise over a quarter of a tile, 64 pixels, in the middle three halves as fast."""
     picture = torch.zeros(1, 3, 500, 700)
     picture[..., 200:] = 255
-    assert 0.03 < steepest(picture, 256) < 1.5 / 32 + 1e-3
+    assert 0.02 < steepest(picture, 256) < 1.5 / 64 + 1e-3
 
     monkeypatch.setattr(tiling, "_ramp", lambda side: 1e-6)  # cut hard instead
     assert steepest(picture, 256) == 1
@@ -332,7 +334,7 @@ ASKINGS = [
     Asking(short_side=64),
     Asking(short_side=64, tta="flip"),
     Asking(short_side=64, tta="scales"),
-    Asking(short_side=200, tta="scales", tile=128),
+    Asking(short_side=110, tta="scales", tile=128),
 ]
 every_asking = pytest.mark.parametrize("asking", ASKINGS, ids=lambda a: f"{a.tta} {a.tile}")
 

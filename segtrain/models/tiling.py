@@ -2,8 +2,8 @@
 
 A tile's answers are worst next to its inner edges, where the network sees padding in place of the
 picture. So tiles overlap, and next to an inner edge a tile's weight is zero. Further in it rises
-smoothly to one, while that of the neighbour falls. What a network says from less of the picture
-around a pixel than this margin comes out as if the picture had been seen whole.
+smoothly to one, while that of the neighbour falls. A network that looks no further around a pixel
+than this margin is wide, an eighth of a tile, says what it says of the whole picture.
 
 Probabilities are blended, not logits. Between two tiles that disagree the blend is then never
 steeper than the weights are. Logits have no bound: a tile that is far surer would win within a few
@@ -69,8 +69,8 @@ def automatic_side(height: int, width: int) -> int | None:
 def spans(length: int, side: int) -> list[slice]:
     """Where the tiles lie along one side of a picture, evenly spread.
 
-    Neighbours overlap by at least a quarter of a tile. All begin at multiples of STRIDE and none
-    reaches beyond the picture; the last one is up to STRIDE - 1 pixels shorter, so that the network
+    Neighbours overlap by at least half a tile. All begin at multiples of STRIDE and none reaches
+    beyond the picture; the last one is up to STRIDE - 1 pixels shorter, so that the network
     pads it just as it pads the whole picture. A picture that is no longer than a tile has one.
     """
     if length <= side:
@@ -130,12 +130,16 @@ def probs_by_tiles(
 
 
 def _overlap(side: int) -> int:
-    """At least a quarter, and tiles still begin at multiples of STRIDE."""
-    return -(-side // (4 * STRIDE)) * STRIDE
+    """Half a tile, as in nnU-Net (Isensee et al. 2018, arXiv 1809.10486), or a bit more.
+
+    A quarter is half the work. But networks that look far say other things in other tiles, and then
+    the blends can be seen: patches that end before the person does.
+    """
+    return -(-side // (2 * STRIDE)) * STRIDE
 
 
 def _ramp(side: int) -> int:
-    """The middle half of the overlap; on both sides of it one of two neighbours is not heard."""
+    """The middle half of the overlap. Beside it, an eighth of a tile wide, an end is not heard."""
     return _overlap(side) // 2
 
 
