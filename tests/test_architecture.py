@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "segtrain"
 
 # Bottom to top. A module may import from its own storey's folder and from every lower storey.
 STOREYS = [
-    {"__init__", "errors", "classes", "stopping", "cores"},
+    {"errors", "classes", "stopping", "cores", "rgb"},
     {"config", "files", "progress"},
     {"images", "devices", "runs", "locking", "distributed", "pieces"},
     {"data", "models", "overview", "sheets"},
@@ -20,7 +20,8 @@ STOREYS = [
     {"training", "prediction"},
     {"doctor"},
     {"cli"},
-    {"__main__", "launch"},
+    # The face of the package imports what it offers only when that is asked for.
+    {"__init__", "__main__", "launch"},
 ]
 STOREY = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
 MODULES = sorted(PACKAGE.rglob("*.py"))
