@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print. Heavy imports live inside the commands."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 
 _BUG, _USAGE, _RESOURCE = 1, 2, 5
+_CLOSED_PIPE = 128 + 13  # as a shell reports the end by SIGPIPE
 _LONGEST_ERROR = 200
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -230,46 +232,99 @@ def evaluate(
 @app.command()
 def predict(
     images: Annotated[
-        list[str], typer.Argument(help="Pictures, folders, or glob patterns in quotes.")
+        list[str],
+        typer.Argument(
+            help="Pictures, videos, folders of pictures, glob patterns in quotes, or - for one "
+            "picture on standard input."
+        ),
     ],
     checkpoint: CheckpointOption = None,
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("predictions"),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the results; for one input also a file (x.png, x.jpg), or - for PNG "
+            "on standard output: the cut-out, the background if --background is given, or what "
+            "--save says.",
+        ),
+    ] = Path("predictions"),
+    save: Annotated[
+        str | None,
+        typer.Option(
+            help="Any of mask, cutout, background, overlay, panel, probability, with commas.  "
+            "[mask,cutout]"
+        ),
+    ] = None,
     background: Annotated[
         str | None,
-        typer.Option(help="Put the people on a picture, a colour (#00ff00), or blur theirs."),
+        typer.Option(
+            help="Put the people on a picture, a colour (#00ff00), blur for theirs, or transparent."
+        ),
     ] = None,
     panel: Annotated[
         bool, typer.Option("--panel", help="Also original | new background | mask, side by side.")
     ] = False,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Let the edge follow the picture: hair, fingers.")
+    ] = False,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Drop small pieces and fill small holes.")
+    ] = False,
+    size: Annotated[
+        int | None,
+        typer.Option(min=32, help="Short side of what the network sees.  [as trained]"),
+    ] = None,
+    tile: Annotated[
+        str,
+        typer.Option(help="Side of the tiles it sees, auto for tiles above a megapixel, or off."),
+    ] = "auto",
+    tta: Annotated[
+        Literal["none", "flip", "scales"],
+        typer.Option(help="Mean over the mirrored picture, too, or also over three scales."),
+    ] = "none",
+    precision: Annotated[
+        Literal["auto", "fp32", "tf32", "bf16", "fp16"],
+        typer.Option(help="What the network computes in."),
+    ] = "fp32",
+    device: DeviceOption = "auto",
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(help="A line of JSON for each picture in this file; - for standard output."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results that exist.")
     ] = False,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Refuse larger pictures before decoding them.")
     ] = 100_000_000,
-    device: DeviceOption = "auto",
 ) -> None:
     """Cut people out of pictures: a mask and a cut-out each, at the picture's own size."""
-    from segtrain.prediction.jobs import plan_jobs
+    from segtrain.prediction.jobs import STDOUT, plan_jobs, tile_of, wanted_kinds
 
-    kinds = ["mask", "cutout"]
-    if background is not None:
-        kinds.append("background")
-    if panel:
-        kinds.append("panel")
-    jobs = plan_jobs(images, output, kinds, overwrite=overwrite)
-    _say_loading()
-    from segtrain.prediction.predict import predict_all
-
-    problems = predict_all(
-        jobs,
-        checkpoint,
-        background=background or "blur",
-        max_pixels=max_pixels,
-        device_name=device,
-        tell=_to_stderr,
+    tile_side = tile_of(tile)
+    kinds = wanted_kinds(save, background, output, panel=panel)
+    jobs = plan_jobs(
+        images, output, kinds, background=background, records=jsonl, overwrite=overwrite
     )
-    print(f"{len(jobs) - len(problems)} of {len(jobs)} pictures done, results in {output}")
+    _say_loading()
+    from segtrain.prediction import command
+    from segtrain.prediction.network import HowToRun
+
+    wishes = command.Wishes(
+        checkpoint=checkpoint,
+        how=HowToRun(device=device, precision=precision, size=size, tta=tta, tile=tile_side),
+        background=background or "blur",
+        refine=refine,
+        clean=clean,
+        max_pixels=max_pixels,
+        records=jsonl,
+        overwrite=overwrite,
+    )
+    problems = command.predict(jobs, wishes, tell=_to_stderr)
+    if output != STDOUT:
+        done = f"{len(jobs) - len(problems)} of {len(jobs)} pictures done, results in {output}"
+        print(done, file=sys.stderr if jsonl == STDOUT else sys.stdout)
     if problems:
         raise DataError(
             f"{len(problems)} of {len(jobs)} pictures could not be used, first: {problems[0]}"
@@ -497,10 +552,17 @@ def run(arguments: list[str]) -> int:
     arguments = [a for a in arguments if a != "--debug"] or ["--help"]
     try:
         with listening():
-            return int(app(arguments, standalone_mode=False) or 0)
+            code = int(app(arguments, standalone_mode=False) or 0)
+            sys.stdout.flush()
+            return code
     except Stopped as stopped:
         _to_stderr(str(stopped))
         return stopped.exit_code
+    except BrokenPipeError:
+        # Whoever reads our output, such as `head`, has enough. What is left of it goes nowhere, or
+        # Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
     except Exception as error:
         if debug:
             raise
