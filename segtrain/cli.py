@@ -558,9 +558,9 @@ def run(arguments: list[str]) -> int:
     except Stopped as stopped:
         _to_stderr(str(stopped))
         return stopped.exit_code
-    except BrokenPipeError:
-        # Whoever reads our output, such as `head`, has enough. What is left of it goes nowhere, or
-        # Python would complain at its end.
+    except (BrokenPipeError, SystemExit):
+        # Whoever reads our output, such as `head`, has enough: typer makes SystemExit of that, and
+        # of nothing else. What is left goes nowhere, or Python would complain at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED_PIPE
     except Exception as error:
