@@ -21,6 +21,7 @@ from segtrain.files import write_bytes
 from segtrain.rgb import orientation_of, rgb_of, turned_upright
 
 Pixels = npt.NDArray[np.uint8]
+DeepPixels = npt.NDArray[np.uint16]
 
 MAX_PIXELS = 100_000_000
 IMAGE_SUFFIXES = frozenset(
@@ -235,7 +236,7 @@ def decode_plain_jpeg(
     return np.asarray(pixels, dtype=np.uint8)
 
 
-def write_image(path: Path, pixels: Pixels, *, jpeg_quality: int = 92) -> None:
+def write_image(path: Path, pixels: Pixels | DeepPixels, *, jpeg_quality: int = 92) -> None:
     """Encode as `encode_image` does and write atomically.
 
     Raises:
@@ -245,8 +246,11 @@ def write_image(path: Path, pixels: Pixels, *, jpeg_quality: int = 92) -> None:
     write_bytes(path, encode_image(pixels, path, jpeg_quality=jpeg_quality))
 
 
-def encode_image(pixels: Pixels, path: Path, *, jpeg_quality: int = 92) -> bytes:
-    """Encode H W (gray), H W 3 (RGB) or H W 4 (RGBA) uint8 by the suffix of `path`: .png or .jpg.
+def encode_image(pixels: Pixels | DeepPixels, path: Path, *, jpeg_quality: int = 92) -> bytes:
+    """Encode H W (gray), H W 3 (RGB) or H W 4 (RGBA) by the suffix of `path`: .png or .jpg.
+
+    Args:
+        pixels: uint8; gray as PNG also uint16.
 
     Raises:
         DataError: the picture is too long or wide for JPEG.
@@ -264,7 +268,7 @@ def encode_image(pixels: Pixels, path: Path, *, jpeg_quality: int = 92) -> bytes
     options = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP, cv2.IMWRITE_PNG_COMPRESSION, 1]
     if path.suffix == ".jpg":
         options = [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality]
-    elif pixels.ndim == 2:
+    elif pixels.ndim == 2 and pixels.dtype == np.uint8:
         # Masks are flat: unfiltered they are no larger and decode four times as fast.
         options = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
         options += [cv2.IMWRITE_PNG_COMPRESSION, 1]

@@ -50,11 +50,10 @@ def laid_over(image: Pixels, mask: Pixels) -> Pixels:
         mask: H W uint8 in {0, 1, 255}.
     """
     size = fitted(*mask.shape)
-    picture = scaled(image, size).astype(np.float32)
+    pixels = scaled(image, size)
     mask = scaled_mask(mask, size)
     person = mask == PERSON
-    picture[person] = (1 - _TINT) * picture[person] + _TINT * _PERSON_COLOUR
-    pixels = np.ascontiguousarray(picture.round().astype(np.uint8))
+    tint(pixels, person)
     hatch(pixels, mask == IGNORE)
     draw_outline(pixels, person, OUTLINE_COLOUR)
     return pixels
@@ -79,6 +78,14 @@ def scaled_mask(mask: Pixels, size: tuple[int, int]) -> Pixels:
     return np.asarray(nearest, dtype=np.uint8)
 
 
+def tint(pixels: Pixels, person: npt.NDArray[np.bool_]) -> None:
+    """Colour H W 3 where `person`, H W, says so; what is below still shows."""
+    levels = np.arange(256, dtype=np.float32)[:, None]
+    table = (1 - _TINT) * levels + _TINT * _PERSON_COLOUR
+    tinted = cv2.LUT(pixels, table.round().astype(np.uint8)[None])
+    np.copyto(pixels, tinted, where=person[..., None])
+
+
 def hatch(pixels: Pixels, region: npt.NDArray[np.bool_]) -> None:
     """Draw grey stripes into H W 3 where `region`, H W, says so."""
     rows, columns = np.indices(region.shape)
@@ -87,11 +94,11 @@ def hatch(pixels: Pixels, region: npt.NDArray[np.bool_]) -> None:
 
 
 def draw_outline(
-    pixels: Pixels, region: npt.NDArray[np.bool_], colour: tuple[int, int, int]
+    pixels: Pixels, region: npt.NDArray[np.bool_], colour: tuple[int, int, int], thickness: int = 1
 ) -> None:
-    """Draw the outlines of `region`, H W, also of its holes, into H W 3, one pixel wide."""
+    """Draw the outlines of `region`, H W, also of its holes, `thickness` wide, into H W 3."""
     outlines, _ = cv2.findContours(region.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(pixels, outlines, -1, colour, 1)
+    cv2.drawContours(pixels, outlines, -1, colour, thickness)
 
 
 def block(heading: str, cells: Sequence[Cell], columns: int) -> Image.Image:
