@@ -305,7 +305,12 @@ def predict(
     tile_side = tile_of(tile)
     kinds = wanted_kinds(save, background, output, panel=panel)
     jobs = plan_jobs(
-        images, output, kinds, background=background, records=jsonl, overwrite=overwrite
+        images,
+        output,
+        kinds,
+        background=background or "blur",
+        records=jsonl,
+        overwrite=overwrite,
     )
     _say_loading()
     from segtrain.prediction import command

@@ -149,6 +149,8 @@ def test_videos_are_named_one_by_one_and_kept_as_such(photos: Path) -> None:
     [job] = plan_jobs(["photos/clip.MP4"], Path("out"), KINDS)
     assert job.is_video
     assert job.files == [Path("out/clip_background.mp4")]
+    [job] = plan_jobs(["photos/clip.MP4"], Path("out"), KINDS, background="transparent")
+    assert job.files == [Path("out/clip_cutout.webm")]
     [job] = plan_jobs(["photos/clip.MP4"], Path("new.mp4"), KINDS[:1])
     assert job.files == [Path("new.mp4")]
 
@@ -199,6 +201,8 @@ def test_one_picture_goes_into_exactly_the_file_named(photos: Path) -> None:
         assert job.outputs == {"cutout": Path(name)}
     [job] = plan_jobs(["photos/a.jpg"], Path("x.jpeg"), ["background"])
     assert job.outputs == {"background": Path("x.jpeg")}
+    with pytest.raises(UsageError, match="spoil"):
+        plan_jobs(["photos/a.jpg"], Path("x.jpg"), ["background"], background="transparent")
 
 
 def test_a_folder_may_be_called_like_a_picture(photos: Path) -> None:
@@ -416,9 +420,11 @@ def test_improvements_are_made_in_their_order(
         columns = np.arange(probability.shape[1]) >= probability.shape[1] // 2
         return probability * columns.astype(np.float32)
 
-    refine = SimpleNamespace(refine=lambda image, probability: np.ones_like(probability))
-    monkeypatch.setitem(sys.modules, "segtrain.prediction.refine", refine)
-    monkeypatch.setitem(sys.modules, "segtrain.prediction.cleaning", SimpleNamespace(clean=cleaned))
+    def refined(image: object, probability: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return np.ones_like(probability)
+
+    monkeypatch.setattr("segtrain.prediction.finishing.refined", refined)
+    monkeypatch.setattr("segtrain.prediction.finishing.cleaned", cleaned)
     command = ("predict", photo(tmp_path / "a.png"), "--checkpoint", trained_run, "--save", "mask")
 
     assert segtrain(*command, "--refine", "--clean", "-o", "x.png").code == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from segtrain.errors import DataError, UsageError
 from segtrain.images import Picture, pixels_in, read_picture
-from segtrain.prediction.compose import background_maker
+from segtrain.prediction.backgrounds import background_maker
 from segtrain.prediction.finishing import Finishing
 from segtrain.prediction.jobs import Job
 from segtrain.prediction.network import HowToRun, Network, open_network
@@ -28,7 +28,7 @@ class Wishes:
     """What the user asked for, beside the inputs and where outputs go.
 
     checkpoint: as in `segtrain.runs.find_checkpoint`. background: as in
-    `segtrain.prediction.compose.background_maker`. records: as in
+    `segtrain.prediction.backgrounds.background_maker`. records: as in
     `segtrain.prediction.records.recording`.
     """
 

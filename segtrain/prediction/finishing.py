@@ -9,10 +9,12 @@ import numpy as np
 
 from segtrain.files import write_bytes
 from segtrain.images import Pixels, encode_image
-from segtrain.prediction.compose import MakeBackground
+from segtrain.prediction.backgrounds import MakeBackground
+from segtrain.prediction.cleaning import clean as cleaned
 from segtrain.prediction.jobs import Job
 from segtrain.prediction.network import Probability
 from segtrain.prediction.outputs import OUTPUTS, Composition, Result
+from segtrain.prediction.refine import refine as refined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Finishing:
         )
         _write(job, Composition(result, self.make_background))
         if self.describe:
+            # Imported only where it is wanted, for it brings pycocotools.
             from segtrain.prediction.description import describe
 
             return describe(result)
@@ -53,12 +56,8 @@ def improved(result: Result, *, refine: bool, clean: bool) -> Result:
     """Refined first: what is small is only known when the edge is where it belongs."""
     probability = result.probability
     if refine:
-        from segtrain.prediction.refine import refine as refined
-
         probability = refined(result.image, probability)
     if clean:
-        from segtrain.prediction.cleaning import clean as cleaned
-
         probability = cleaned(probability)
     return Result(image=result.image, probability=probability)
 

@@ -7,8 +7,9 @@ from typing import Literal
 
 from segtrain.errors import UsageError
 from segtrain.images import IMAGE_SUFFIXES
+from segtrain.prediction.backgrounds import TRANSPARENT
 from segtrain.prediction.inputs import VIDEO_SUFFIXES, Input, find_inputs
-from segtrain.prediction.outputs import OUTPUTS
+from segtrain.prediction.outputs import OUTPUTS, suffix_of
 
 STDOUT = Path("-")
 _WRITABLE = (".png", ".jpg", ".jpeg")
@@ -95,7 +96,7 @@ def plan_jobs(
     output: Path,
     kinds: Sequence[str],
     *,
-    background: str | None = None,
+    background: str = "blur",
     records: Path | None = None,
     overwrite: bool = False,
 ) -> list[Job]:
@@ -133,16 +134,17 @@ def _is_file_name(output: Path) -> bool:
     return suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES and not output.is_dir()
 
 
-def _job(meant: Input, folder: Path, kinds: Sequence[str], background: str | None) -> Job:
+def _job(meant: Input, folder: Path, kinds: Sequence[str], background: str) -> Job:
     stem = folder / meant.stem
     if meant.is_video:
-        outputs = {"video": stem.with_name(f"{stem.name}_background.mp4")}
+        ending = "_cutout.webm" if background == TRANSPARENT else "_background.mp4"
+        outputs = {"video": stem.with_name(stem.name + ending)}
     else:
-        outputs = {kind: stem.with_name(stem.name + _suffix(kind, background)) for kind in kinds}
+        outputs = {kind: stem.with_name(stem.name + suffix_of(kind, background)) for kind in kinds}
     return Job(meant.path, {**outputs}, meant.is_video)
 
 
-def _only_job(inputs: Sequence[Input], output: Path, kind: str, background: str | None) -> Job:
+def _only_job(inputs: Sequence[Input], output: Path, kind: str, background: str) -> Job:
     if len(inputs) > 1:
         raise UsageError(
             f"--output {output} is one file, and there are {len(inputs)} inputs; give a folder"
@@ -156,13 +158,9 @@ def _only_job(inputs: Sequence[Input], output: Path, kind: str, background: str 
         return Job(meant.path, {kind: None})
     if output.suffix.lower() not in _WRITABLE:
         raise UsageError(f"--output {output} is not written here; give .png or .jpg")
-    if output.suffix.lower() != ".png" and _suffix(kind, background).endswith(".png"):
+    if output.suffix.lower() != ".png" and suffix_of(kind, background).endswith(".png"):
         raise UsageError(f"--output {output}: JPEG would spoil a {kind}; give .png")
     return Job(meant.path, {kind: output})
-
-
-def _suffix(kind: str, background: str | None) -> str:
-    return OUTPUTS[kind].suffix
 
 
 def _refuse_conflicts(jobs: Sequence[Job], records: Path | None, *, overwrite: bool) -> None:
