@@ -50,7 +50,7 @@ def silenced() -> Iterator[None]:
 
 
 def progress_bar(
-    *, total: int, desc: str, unit: str = "image", initial: int = 0, listens: bool = True
+    *, total: int | None, desc: str, unit: str = "image", initial: int = 0, listens: bool = True
 ) -> "tqdm[Any]":
     """A bar on stderr that goes away when done; where stderr is no terminal, a line now and then.
 
