@@ -1,0 +1,76 @@
+"""A clip in, a clip out: read, ask the network, smooth, compose, write."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from segtrain.files import atomic_write
+from segtrain.images import Pixels
+from segtrain.prediction.compose import background_maker, make_cutout, put_on_background
+from segtrain.prediction.network import Network, Probability
+from segtrain.prediction.video import TRANSPARENT, VideoOutcome
+from segtrain.prediction.video.reading import Clip, Frame, open_clip
+from segtrain.prediction.video.smoothing import Smoother
+from segtrain.prediction.video.writing import writing
+from segtrain.progress import progress_bar
+
+_Compose = Callable[[Pixels, Probability], Pixels]
+
+
+def convert(
+    source: Path,
+    target: Path,
+    network: Network,
+    *,
+    background: str,
+    tell: Callable[[str], object],
+) -> VideoOutcome:
+    """As `segtrain.prediction.video.predict_video`, whose checks have been made."""
+    compose = _compose(background)
+    with open_clip(source) as clip:
+        _tell_left_out(source, clip, tell)
+        _sweep(target)
+        with (
+            atomic_write(target) as file,
+            writing(file, target, clip.facts, clip.sounds, tell) as film,
+            progress_bar(total=clip.facts.num_frames, desc=source.name, unit="frame") as bar,
+        ):
+            smoother, time_base = Smoother(), clip.facts.time_base
+            num_frames, end, first, share = 0, 0, 0, 0.0
+            for piece in clip.pieces():
+                if not isinstance(piece, Frame):
+                    film.add_sound(piece)
+                    continue
+                [probability] = network.probs([piece.pixels])
+                probability = smoother.smooth(
+                    piece.pixels, probability, float(piece.ticks * time_base)
+                )
+                film.add_frame(compose(piece.pixels, probability), piece.ticks, piece.duration)
+                first = first if num_frames else piece.ticks
+                num_frames, end = num_frames + 1, piece.ticks + piece.duration
+                share += float((probability >= 0.5).mean())
+                bar.update()
+        if clip.num_broken:
+            tell(f"{source}: {clip.num_broken} damaged packets, concealed or left out")
+    return VideoOutcome(num_frames, float((end - first) * time_base), share / num_frames)
+
+
+def _compose(background: str) -> _Compose:
+    if background == TRANSPARENT:
+        return make_cutout
+    make_background = background_maker(background)
+    return lambda pixels, probability: put_on_background(
+        pixels, probability, make_background(pixels)
+    )
+
+
+def _tell_left_out(source: Path, clip: Clip, tell: Callable[[str], object]) -> None:
+    if clip.left_out:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(clip.left_out.items()))
+        tell(f"{source}: left out: {kinds}")
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed runs left of this target; others in the folder may be being written."""
+    for path in target.parent.glob(".*.tmp"):
+        if path.name.startswith(f".{target.name}."):
+            path.unlink(missing_ok=True)

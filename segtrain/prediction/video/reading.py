@@ -1,0 +1,235 @@
+"""Reading a clip: its frames upright in RGB, each with its time, and its sound as packets.
+
+Clips come from strangers: only formats of video files are opened, frames are limited in size before
+their memory is taken, and everything libav can raise becomes one DataError that names the file.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+from av.audio.stream import AudioStream
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition, Stream
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from segtrain.errors import DataError
+from segtrain.images import MAX_PIXELS, Pixels
+from segtrain.prediction.video.colour import Colour, Converter, colour_of
+from segtrain.prediction.video.orientation import Orientation, orientation_of
+
+# libav knows playlists and scripts, too, which name other files and addresses.
+_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf"
+# A clip that ends this much sooner than its header says was cut short.
+_TOLERANCE = 0.3
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a clip's header and first frame say.
+
+    width, height: as stored; `orientation` turns them.
+    time_base: seconds a tick of the frames' times.
+    rate: frames a second, on average.
+    sample_aspect_ratio: width by height of a stored pixel.
+    num_frames: as far as is known beforehand.
+    """
+
+    width: int
+    height: int
+    orientation: Orientation
+    colour: Colour
+    time_base: Fraction
+    rate: Fraction
+    sample_aspect_ratio: Fraction
+    num_frames: int | None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """pixels: H W 3 uint8 RGB, upright. ticks: when it is shown. duration: for how many ticks."""
+
+    pixels: Pixels
+    ticks: int
+    duration: int
+
+
+class Clip:
+    """An opened clip, to be read once.
+
+    Attributes:
+        facts: what is known beforehand.
+        sounds: its audio tracks.
+        left_out: how many streams there are of each other kind.
+        num_broken: packets that could not be decoded, so far.
+    """
+
+    def __init__(self, path: Path, container: InputContainer, facts: Facts) -> None:
+        self.facts = facts
+        self._path, self._container = path, container
+        self._video = _video_stream(path, container)
+        self.sounds: list[AudioStream] = list(container.streams.audio)
+        used = {self._video.index, *(stream.index for stream in self.sounds)}
+        self.left_out = Counter(s.type for s in container.streams if s.index not in used)
+        self.num_broken = 0
+        self._converter, self._end = Converter(facts.colour), 0.0
+
+    def pieces(self) -> "Iterator[Frame | Packet[Stream]]":
+        """Frames and packets of sound, as they lie in the file; times start at 0.
+
+        Raises:
+            DataError: the clip ends before its header says, or reading fails.
+        """
+        ticks = -1
+        with _reading(self._path):
+            for packet in self._container.demux():
+                self._note_end(packet)
+                if packet.stream is self._video:
+                    for decoded in self._decode(packet):
+                        frame = self._frame(decoded, ticks)
+                        ticks = frame.ticks
+                        yield frame
+                elif isinstance(packet.stream, AudioStream) and packet.dts is not None:
+                    yield self._from_zero(packet)
+        self._check_end()
+
+    def _decode(self, packet: "Packet[Stream]") -> Iterator[VideoFrame]:
+        try:
+            frames = self._video.decode(packet)
+        except av.error.InvalidDataError:
+            self.num_broken += 1
+            return
+        for frame in frames:
+            self.num_broken += frame.is_corrupt
+            yield frame
+
+    def _frame(self, decoded: VideoFrame, previous: int) -> Frame:
+        facts = self.facts
+        rgb = self._converter.to_rgb(decoded, facts.width, facts.height).to_ndarray()
+        duration = decoded.duration or max(1, round(1 / (facts.rate * facts.time_base)))
+        stamp = decoded.pts if decoded.pts is not None else decoded.dts
+        ticks = previous + duration if stamp is None else stamp - self._start(facts.time_base)
+        # Encoders take no two frames at one time.
+        return Frame(
+            facts.orientation.upright(rgb.astype("uint8", copy=False)),
+            max(ticks, previous + 1),
+            duration,
+        )
+
+    def _start(self, time_base: Fraction) -> int:
+        """When the clip starts, in ticks: recordings of broadcasts start anywhere."""
+        return round(Fraction(self._container.start_time or 0, av.time_base) / time_base)
+
+    def _from_zero(self, packet: "Packet[Stream]") -> "Packet[Stream]":
+        start = self._start(packet.time_base)
+        if packet.pts is not None:
+            packet.pts -= start
+        if packet.dts is not None:
+            packet.dts -= start
+        return packet
+
+    def _note_end(self, packet: "Packet[Stream]") -> None:
+        if packet.pts is not None:
+            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            self._end = max(self._end, end)
+
+    def _check_end(self) -> None:
+        if self._container.duration is None:
+            return
+        start = (self._container.start_time or 0) / av.time_base
+        stated, found = self._container.duration / av.time_base, self._end - start
+        if found < stated - _TOLERANCE:
+            raise DataError(
+                f"{self._path} was cut short: it ends after {found:.1f} of {stated:.1f} seconds; "
+                "copy it again or repair it"
+            )
+
+
+@contextmanager
+def open_clip(path: Path) -> Iterator[Clip]:
+    """Open a clip.
+
+    Raises:
+        DataError: the file is missing, no video, damaged, or its frames are too large.
+    """
+    with _container(path) as container:
+        facts = _facts(path, container)
+    # Opened anew and not wound back: not every format can.
+    with _container(path) as container:
+        yield Clip(path, container, facts)
+
+
+def _facts(path: Path, container: InputContainer) -> Facts:
+    stream = _video_stream(path, container)
+    frame = next(_decodable(path, container, stream), None)
+    if frame is None:
+        raise DataError(f"{path} has no frame that can be decoded; replace the file")
+    rate = stream.guessed_rate or stream.average_rate or Fraction(25)
+    duration = Fraction(container.duration or 0, av.time_base)
+    return Facts(
+        width=frame.width,
+        height=frame.height,
+        orientation=orientation_of(frame),
+        colour=colour_of(frame),
+        time_base=stream.time_base or Fraction(1, av.time_base),
+        rate=rate,
+        sample_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
+        num_frames=stream.frames or round(duration * rate) or None,
+    )
+
+
+def _decodable(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    with _reading(path):
+        for packet in container.demux(stream):
+            try:
+                yield from stream.decode(packet)
+            except av.error.InvalidDataError:
+                continue  # a recording may start between two pictures that stand alone
+
+
+def _video_stream(path: Path, container: InputContainer) -> VideoStream:
+    streams = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & Disposition.attached_pic and stream.codec_context is not None
+    ]
+    if not streams:
+        raise DataError(f"{path} has no moving pictures; give the path of a video")
+    best = max(streams, key=lambda stream: stream.width * stream.height)
+    if best.width * best.height > MAX_PIXELS:
+        raise DataError(
+            f"{path} has frames of {best.width * best.height / 1e6:.0f} megapixels, the limit is "
+            f"{MAX_PIXELS / 1e6:.0f}; shrink it"
+        )
+    best.thread_type = av.codec.context.ThreadType.AUTO
+    return best
+
+
+@contextmanager
+def _container(path: Path) -> Iterator[InputContainer]:
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise DataError(f"{path} {what}; give the path of a video")
+    options = {"format_whitelist": _FORMATS, "max_pixels": str(MAX_PIXELS)}
+    with _reading(path):
+        # Without `file:` a name like 12:30.mp4 is taken for an address.
+        container = av.open(f"file:{path}", "r", options=options, metadata_errors="replace")
+    with container:
+        yield container
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within, whatever libav raises becomes a DataError with the clip's name."""
+    try:
+        yield
+    except av.error.MemoryError:
+        raise
+    except av.FFmpegError as error:
+        raise DataError(f"cannot read {path} as a video: {error}; replace the file") from error

@@ -1,0 +1,202 @@
+"""Writing a clip: frames encoded, each at its own time, and the sound beside them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import cv2
+import numpy as np
+from av.audio.stream import AudioStream
+from av.container import OutputContainer
+from av.packet import Packet
+from av.stream import Stream
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange
+from av.video.stream import VideoStream
+
+from segtrain.errors import DataError
+from segtrain.images import Pixels
+from segtrain.prediction.video.colour import Converter
+from segtrain.prediction.video.reading import Facts
+from segtrain.prediction.video.sound import CopiedTrack, EncodedTrack, Track
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of file and what goes into it.
+
+    copied: codecs of sound that it takes and that players expect there.
+    sound: what other sound is encoded to, at `sound_rate` samples a second (None: any).
+    """
+
+    container: str
+    codec: str
+    options: dict[str, str]
+    pixel_format: str
+    copied: frozenset[str]
+    sound: str
+    sound_rate: int | None = None
+    most_channels: int
+
+
+KINDS = {
+    ".mp4": Kind(
+        container="mp4",
+        codec="libx264",
+        options={"crf": "18"},
+        pixel_format="yuv420p",
+        copied=frozenset({"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}),
+        sound="aac",
+        most_channels=8,
+    ),
+    # The only one with alpha that is small and that browsers play.
+    ".webm": Kind(
+        container="webm",
+        codec="libvpx-vp9",
+        options={"crf": "20", "deadline": "good", "cpu-used": "5", "row-mt": "1"},
+        pixel_format="yuva420p",
+        copied=frozenset({"opus", "vorbis"}),
+        sound="libopus",
+        sound_rate=48_000,
+        most_channels=2,
+    ),
+}
+
+
+class Film:
+    """A clip that is being written."""
+
+    def __init__(
+        self, container: OutputContainer, kind: Kind, facts: Facts, sounds: Sequence[AudioStream]
+    ) -> None:
+        self._container, self._kind, self._facts = container, kind, facts
+        self._converter = Converter(facts.colour)
+        self._video = _add_video(container, kind, facts)
+        self._tracks: dict[int, Track] = {
+            source.index: _track(source, container, kind) for source in sounds
+        }
+
+    def add_frame(self, pixels: Pixels, ticks: int, duration: int) -> None:
+        """Encode a frame.
+
+        Args:
+            pixels: H W 3 or H W 4 uint8, RGB or RGBA, upright.
+            ticks, duration: when and how long it is shown, in the clip's time base.
+        """
+        layout = "rgb24" if pixels.shape[2] == 3 else "rgba"
+        frame = VideoFrame.from_ndarray(_even(pixels), format=layout)
+        frame = self._converter.from_rgb(frame, self._kind.pixel_format)
+        frame.pts, frame.duration, frame.time_base = ticks, duration, self._facts.time_base
+        self._container.mux(self._video.encode(frame))
+
+    def add_sound(self, packet: "Packet[Stream]") -> None:
+        """Pass on a packet of one of the source's tracks."""
+        for passed_on in self._tracks[packet.stream.index].passed_on(packet):
+            self._container.mux(passed_on)
+
+    def finish(self) -> None:
+        """Write what the encoders still hold back."""
+        self._container.mux(self._video.encode(None))
+        for track in self._tracks.values():
+            for packet in track.rest():
+                self._container.mux(packet)
+        self._container.close()
+
+
+@contextmanager
+def writing(
+    file: BinaryIO,
+    target: Path,
+    facts: Facts,
+    sounds: Sequence[AudioStream],
+    tell: Callable[[str], object],
+) -> Iterator[Film]:
+    """Open a film; when the block ends well it is finished.
+
+    Args:
+        file: where it is written; seekable.
+        target: its name, which tells the kind.
+        facts: of the clip it is made from.
+        sounds: tracks whose packets will be added.
+        tell: takes a line about each thing that could not be kept as it was.
+
+    Raises:
+        DataError: there is no encoder for frames or sound like these.
+    """
+    kind = KINDS[target.suffix]
+    _tell_changes(target, kind, facts, sounds, tell)
+    container = av.open(file, "w", format=kind.container)
+    try:
+        film = Film(container, kind, facts, sounds)
+        yield film
+        film.finish()
+    except BaseException as error:
+        # The end of a broken file may be impossible to write, too, and says nothing new.
+        with suppress(Exception):
+            container.close()
+        if isinstance(error, av.FFmpegError) and not isinstance(error, OSError | MemoryError):
+            raise DataError(f"cannot write {target} as {kind.container}: {error}") from error
+        raise
+
+
+def _add_video(container: OutputContainer, kind: Kind, facts: Facts) -> VideoStream:
+    height, width = (
+        (facts.width, facts.height) if facts.orientation.transposed else (facts.height, facts.width)
+    )
+    stream = container.add_stream(
+        kind.codec,
+        rate=facts.rate,
+        options=kind.options,
+        width=width + width % 2,
+        height=height + height % 2,
+        # Not one over the rate: phones do not keep to it, and each frame has its own time.
+        time_base=facts.time_base,
+    )
+    assert isinstance(stream, VideoStream)
+    context, colour, aspect = stream.codec_context, facts.colour, facts.sample_aspect_ratio
+    context.pix_fmt = kind.pixel_format
+    context.sample_aspect_ratio = 1 / aspect if facts.orientation.transposed else aspect
+    context.colorspace, context.color_range = colour.matrix, ColorRange.MPEG
+    context.color_primaries, context.color_trc = colour.primaries, colour.transfer
+    return stream
+
+
+def _track(source: AudioStream, container: OutputContainer, kind: Kind) -> Track:
+    if _codec(source) in kind.copied:
+        return CopiedTrack(source, container)
+    return EncodedTrack(
+        source, container, kind.sound, rate=kind.sound_rate, most_channels=kind.most_channels
+    )
+
+
+def _codec(sound: AudioStream) -> str:
+    """The name of the codec, not of the decoder that libav takes for it."""
+    return sound.codec_context.codec.canonical_name
+
+
+def _even(pixels: Pixels) -> Pixels:
+    """Colour is kept for two by two pixels, so an odd side grows by a copy of its last pixels."""
+    rows, columns = pixels.shape[0] % 2, pixels.shape[1] % 2
+    if not rows and not columns:
+        return pixels
+    grown = cv2.copyMakeBorder(pixels, 0, rows, 0, columns, cv2.BORDER_REPLICATE)
+    return np.asarray(grown, dtype=np.uint8)
+
+
+def _tell_changes(
+    target: Path,
+    kind: Kind,
+    facts: Facts,
+    sounds: Sequence[AudioStream],
+    tell: Callable[[str], object],
+) -> None:
+    if facts.width % 2 or facts.height % 2:
+        tell(f"{target}: odd sides grow by one pixel, as {kind.codec} needs")
+    if facts.colour.hdr:
+        tell(f"{target}: HDR becomes standard range")
+    for sound in sounds:
+        if _codec(sound) not in kind.copied:
+            tell(f"{target}: sound is encoded anew, {_codec(sound)} to {kind.sound}")
