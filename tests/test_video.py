@@ -1,0 +1,603 @@
+"""Clips in, clips out: frames, times, sound and colour stay; nothing is left half done."""
+
+import ast
+import gc
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tracemalloc
+import weakref
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from video_cases import (
+    RATE,
+    Array,
+    Everything,
+    Recipe,
+    Redness,
+    Seen,
+    look,
+    moving_square,
+    solid,
+    yuv_to_rgb,
+)
+
+from segtrain import stopping
+from segtrain.errors import DataError, ResourceError, UsageError
+from segtrain.prediction.video import VideoOutcome, predict_video, target_of
+from segtrain.prediction.video.smoothing import TIME_CONSTANT, Smoother
+
+GREEN = "#00ff00"
+
+
+def predict(
+    source: Path,
+    network: Any = None,
+    *,
+    background: str = GREEN,
+    overwrite: bool = False,
+    told: list[str] | None = None,
+) -> Path:
+    target = target_of(source, Path("out"), background)
+    tell = ([] if told is None else told).append
+    predict_video(
+        source,
+        target,
+        network or Redness(),
+        background=background,
+        overwrite=overwrite,
+        tell=tell,
+    )
+    return target
+
+
+def converted(recipe: Recipe, suffix: str = ".mp4", network: Any = None) -> tuple[Seen, Seen]:
+    """A clip and its result."""
+    source = recipe.write(Path("clip" + suffix))
+    return look(source), look(predict(source, network))
+
+
+# --- What stays ---------------------------------------------------------------------------------
+
+
+def assert_same_times(before: Seen, after: Seen) -> None:
+    assert len(after.frames) == len(before.frames)
+    assert after.times == pytest.approx([time - before.times[0] for time in before.times])
+
+
+@pytest.mark.slow
+def test_ten_seconds_come_back_with_their_frames_and_their_sound() -> None:
+    before, after = converted(
+        Recipe(num_frames=250, picture=lambda number: moving_square(number, 180, 320))
+    )
+
+    assert len(after.frames) == 250
+    assert_same_times(before, after)
+    assert after.sounds[0]["packets"] == before.sounds[0]["packets"]
+    assert after.sounds[0]["samples"].shape[1] / 48_000 == pytest.approx(10, abs=0.05)
+
+
+def test_frames_times_size_and_sound_stay_and_the_ground_is_new() -> None:
+    source = Recipe().write(Path("clip.mp4"))
+    told: list[str] = []
+    outcome = predict_video(
+        source,
+        Path("out/x.mp4"),
+        Redness(),
+        background=GREEN,
+        overwrite=False,
+        tell=told.append,
+    )
+    before, after = look(source), look(Path("out/x.mp4"))
+
+    assert outcome == VideoOutcome(25, 1.0, pytest.approx(16 * 16 / (48 * 64), rel=0.1))
+    assert_same_times(before, after)
+    assert (after.rate, after.duration) == (before.rate, before.duration)
+    assert after.sounds[0]["packets"] == before.sounds[0]["packets"]
+    assert after.sounds[0]["language"] == "eng"
+    for number, frame in enumerate(after.frames):
+        assert frame.shape == (48, 64, 3)
+        # In the square's middle and far from it: chroma bleeds over its edge.
+        assert frame[20, number % 48 + 8] == pytest.approx((200, 40, 30), abs=8)
+        assert frame[44, 32] == pytest.approx((0, 255, 0), abs=8)
+    assert told == []
+
+
+def test_each_frame_keeps_its_own_time() -> None:
+    uneven = [0, 512, 700, 1500, 1600, 2900, 3300, 5000, *range(6000, 20_000, 777)]
+    before, after = converted(Recipe(times=uneven, num_frames=len(uneven) - 1))
+
+    assert after.times == pytest.approx([tick / 12_800 for tick in uneven[:-1]])
+    assert_same_times(before, after)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "recipe"),
+    [
+        (".ts", Recipe(ticks=Fraction(1, 90_000))),  # starts at 1.4 seconds
+        (".mkv", Recipe(ticks=Fraction(1, 1000), sounds=("aac", "libopus"))),
+        (".mov", Recipe(codec="mpeg4", options={}, sounds=("libmp3lame",))),
+        (".webm", Recipe(codec="libvpx", options={}, ticks=Fraction(1, 1000), sounds=("libopus",))),
+        (".avi", Recipe(codec="mpeg4", options={}, ticks=1 / RATE, sounds=("libmp3lame",))),
+    ],
+)
+def test_other_containers(suffix: str, recipe: Recipe) -> None:
+    before, after = converted(recipe, suffix)
+
+    assert len(after.frames) == 25
+    steps = np.diff(before.times)
+    assert np.diff(after.times) == pytest.approx(steps)
+    assert [sound["codec"] for sound in after.sounds] == [s["codec"] for s in before.sounds]
+    sounds = [sound["samples"].shape[1] / 48_000 for sound in after.sounds]
+    assert sounds == pytest.approx([1] * len(recipe.sounds), abs=0.05)
+
+
+def test_sound_and_picture_keep_together_where_a_recording_starts_late() -> None:
+    Recipe(ticks=Fraction(1, 90_000)).write(Path("clip.ts"))
+    target = predict(Path("clip.ts"))
+
+    def gap(path: Path) -> float:
+        with av.open(path) as clip:
+            starts = [
+                float(stream.start_time * stream.time_base)
+                for stream in (clip.streams.video[0], clip.streams.audio[0])
+            ]
+        return starts[0] - starts[1]
+
+    assert gap(target) == pytest.approx(gap(Path("clip.ts")), abs=0.002)
+
+
+@pytest.mark.parametrize("tracks", [2, 0])
+def test_several_tracks_of_sound_and_none(tracks: int) -> None:
+    before, after = converted(Recipe(sounds=("aac",) * tracks))
+
+    assert [sound["language"] for sound in after.sounds] == ["eng", "deu"][:tracks]
+    assert [s["packets"] for s in after.sounds] == [s["packets"] for s in before.sounds]
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".mov", "pcm_s16le"), (".avi", "mp2")])
+def test_sound_that_mp4_does_not_take_is_encoded_and_told(suffix: str, codec: str) -> None:
+    source = Recipe(codec="mpeg4", options={}, ticks=1 / RATE, sounds=(codec,)).write(
+        Path("clip" + suffix)
+    )
+    told: list[str] = []
+    [original], [sound] = look(source).sounds, look(predict(source, told=told)).sounds
+
+    assert sound["codec"] == "aac"
+    assert f"sound is encoded anew, {codec} to aac" in told[0]
+    wave = sound["samples"][0, 4096 : 4096 + 32_768]
+    assert np.abs(np.fft.rfft(wave)).argmax() * 48_000 / 32_768 == pytest.approx(440, abs=2)
+    # In step with the pictures: each sample is where it was.
+    before = original["samples"].reshape(-1, 2).T if codec == "pcm_s16le" else original["samples"]
+    assert np.abs(wave - before[0, 4096 : 4096 + 32_768] / 32_768).mean() < 0.02
+
+
+def test_other_streams_are_left_out_and_told() -> None:
+    with av.open("clip.mkv", "w") as output:
+        output.add_attachment("notes.txt", "text/plain", b"x")
+        Recipe(sounds=()).write_frames(output)
+    told: list[str] = []
+    after = look(predict(Path("clip.mkv"), told=told))
+
+    assert (len(after.frames), after.other) == (25, 0)
+    assert told == ["clip.mkv: left out: 1 attachment"]
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("degrees", [0, 90, 180, -90])
+def test_a_turned_clip_is_seen_and_written_upright(degrees: int, flipped: bool) -> None:
+    network = Redness()
+    aspect = Fraction(4, 3)
+    source = Recipe(rotation=(degrees, flipped), aspect=aspect, num_frames=3).write(Path("c.mp4"))
+    after = look(predict(source, network))
+
+    upright = np.rot90(moving_square(0), degrees // 90)
+    upright = np.fliplr(upright) if flipped else upright
+    assert network.seen[0] == upright.shape
+    assert after.rotation == 0
+    red = after.frames[0][..., 0].astype(int) - after.frames[0][..., 1] > 0
+    expected = upright[..., 0].astype(int) - upright[..., 1] > 0
+    assert red.shape == expected.shape
+    assert (red != expected).mean() < 0.03
+    assert after.aspect == (1 / aspect if degrees % 180 else aspect)
+
+
+def test_odd_sides_grow_by_one_pixel() -> None:
+    recipe = Recipe(picture=lambda number: moving_square(number, 47, 63), pixel_format="yuv444p")
+    told: list[str] = []
+    after = look(predict(recipe.write(Path("clip.mp4")), told=told))
+
+    assert after.frames[0].shape == (48, 64, 3)
+    assert after.frames[0][47, 63] == pytest.approx((0, 255, 0), abs=8)
+    assert "odd sides" in told[0]
+
+
+# --- Colour -------------------------------------------------------------------------------------
+
+BT709 = {"colorspace": 1, "color_primaries": 1, "color_trc": 1}
+BT601 = {"colorspace": 6, "color_primaries": 6, "color_trc": 6}
+
+
+@pytest.mark.parametrize("colour", [(200, 40, 30), (20, 180, 60), (30, 60, 220), (128, 128, 128)])
+@pytest.mark.parametrize(
+    ("tags", "convert", "size", "pixel_format"),
+    [
+        (BT709 | {"color_range": 1}, {"dst_colorspace": 1, "dst_color_range": 1}, 48, "yuv420p"),
+        (BT601 | {"color_range": 1}, {"dst_colorspace": 5, "dst_color_range": 1}, 48, "yuv420p"),
+        (BT709 | {"color_range": 2}, {"dst_colorspace": 1, "dst_color_range": 2}, 48, "yuv420p"),
+        ({}, {"dst_colorspace": 5, "dst_color_range": 1}, 48, "yuv420p"),
+        ({}, {"dst_colorspace": 1, "dst_color_range": 1}, 720, "yuv420p"),
+        (BT709, {"dst_colorspace": 1, "dst_color_range": 1}, 48, "yuv420p10le"),
+    ],
+    ids=["bt709", "bt601", "full range", "untagged", "untagged hd", "10 bit"],
+)
+def test_a_colour_comes_through(
+    colour: tuple[int, int, int],
+    tags: dict[str, int],
+    convert: dict[str, int],
+    size: int,
+    pixel_format: str,
+) -> None:
+    recipe = Recipe(
+        num_frames=2,
+        picture=lambda number: solid(colour, size),
+        colour=tags,
+        convert=convert,
+        pixel_format=pixel_format,
+        sounds=(),
+    )
+    source = recipe.write(Path("clip.mp4"))
+    target = predict(source, Everything())
+
+    assert yuv_to_rgb(source, "bt709" if convert["dst_colorspace"] == 1 else "bt601") == (
+        pytest.approx(colour, abs=3)
+    )
+    assert yuv_to_rgb(target) == pytest.approx(colour, abs=3)
+    if "color_primaries" in tags:
+        names = ("color_primaries", "color_trc")
+        assert look(target).colour == (tags["colorspace"], 1, *(tags[name] for name in names))
+
+
+@pytest.mark.parametrize("transfer", [16, 18], ids=["PQ", "HLG"])
+def test_hdr_becomes_standard_range_and_is_told(transfer: int) -> None:
+    recipe = Recipe(
+        num_frames=2,
+        picture=lambda number: solid((128, 128, 128)),
+        colour={"colorspace": 9, "color_primaries": 9, "color_trc": transfer, "color_range": 1},
+        convert={"dst_colorspace": 9},
+        pixel_format="yuv420p10le",
+        sounds=(),
+    )
+    told: list[str] = []
+    after = look(predict(recipe.write(Path("clip.mp4")), Everything(), told=told))
+
+    assert "HDR" in told[0]
+    assert after.colour == (1, 1, 1, 1)
+    grey = after.frames[0][20, 20]
+    assert np.ptp(grey) <= 3
+    assert 60 < grey.mean() < 220
+
+
+def test_a_transparent_background_has_alpha() -> None:
+    source = Recipe().write(Path("clip.mp4"))
+    target = predict(source, background="transparent")
+    after = look(target, decoder="libvpx-vp9", pixels="rgba")
+
+    assert target.name == "clip_cutout.webm"
+    assert len(after.frames) == 25
+    assert_same_times(look(source), after)
+    assert after.frames[0][20, 8] == pytest.approx((200, 40, 30, 255), abs=10)
+    assert after.frames[0][44, 40, 3] <= 2
+    assert [sound["codec"] for sound in after.sounds] == ["opus"]
+
+
+# --- Flicker ------------------------------------------------------------------------------------
+
+
+def test_a_still_picture_flickers_less() -> None:
+    draws = np.random.default_rng(0)
+    picture, smoother = moving_square(0), Smoother()
+    noisy = [draws.uniform(0.3, 0.9, (48, 64)).astype(np.float32) for _ in range(200)]
+    smooth = [smoother.smooth(picture, each, number / 25) for number, each in enumerate(noisy)]
+
+    # A running average of independent numbers has (1 - w) / (1 + w) of their variance.
+    weight = np.exp(-1 / 25 / TIME_CONSTANT)
+    ratio = np.var(smooth[20:], axis=0).mean() / np.var(noisy[20:], axis=0).mean()
+    assert ratio == pytest.approx((1 - weight) / (1 + weight), rel=0.1)
+    assert np.mean(smooth[20:]) == pytest.approx(0.6, abs=0.01)
+
+
+def test_a_higher_frame_rate_is_smoothed_over_the_same_time() -> None:
+    after = []
+    for rate in (25, 100):
+        smoother = Smoother()
+        smoother.smooth(moving_square(0), np.ones((48, 64), np.float32), 0)
+        for number in range(1, rate // 5 + 1):
+            last = smoother.smooth(moving_square(0), np.zeros((48, 64), np.float32), number / rate)
+        after.append(last[0, 0])
+
+    assert after[0] == pytest.approx(after[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("speed", [1, 3, 9])
+def test_a_moving_edge_does_not_lag(speed: int) -> None:
+    smoother, network = Smoother(), Redness()
+    for number in range(12):
+        picture = moving_square(number * speed, 96, 192)
+        [probability] = network.probs([picture])
+        smooth = smoother.smooth(picture, probability, number / 25)
+
+        assert np.abs((smooth >= 0.5).sum(1) - (probability >= 0.5).sum(1)).max() == 0
+        assert ((smooth >= 0.5) == (probability >= 0.5)).all()
+
+
+def test_a_cut_starts_over() -> None:
+    smoother = Smoother()
+    smoother.smooth(solid((40, 40, 40)), np.ones((48, 48), np.float32), 0)
+    after = smoother.smooth(solid((90, 90, 90)), np.zeros((48, 48), np.float32), 0.04)
+
+    assert after.max() == 0
+
+
+def test_a_cut_starts_over_where_both_scenes_are_alike_too() -> None:
+    smoother = Smoother()
+    first, second = solid((40, 40, 40)), solid((40, 40, 40))
+    second[:, :36] = 200
+    smoother.smooth(first, np.ones((48, 48), np.float32), 0)
+    after = smoother.smooth(second, np.zeros((48, 48), np.float32), 0.04)
+
+    assert after.max() == 0
+
+
+# --- Memory, stopping, leftovers ----------------------------------------------------------------
+
+
+class Counting(Redness):
+    """Notes how many pictures are alive at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: list[weakref.ref[Array]] = []
+        self.most = 0
+
+    def probs(self, pictures: Sequence[Array]) -> list[Array]:
+        self._alive = [each for each in self._alive if each() is not None]
+        self._alive += [weakref.ref(picture) for picture in pictures]
+        self.most = max(self.most, len(self._alive))
+        return super().probs(pictures)
+
+
+def test_memory_does_not_grow_with_the_length() -> None:
+    peaks, most = [], []
+    for num_frames in (50, 200):
+        source = Recipe(num_frames=num_frames).write(Path(f"{num_frames}.mp4"))
+        network = Counting()
+        predict(source, network, overwrite=True)  # what is imported and kept once is not counted
+        gc.collect()
+        tracemalloc.start()
+        predict(source, network, overwrite=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        most.append(network.most)
+
+    assert most[0] == most[1] <= 8
+    assert peaks[1] < peaks[0] + 48 * 64 * 3 * 20
+
+
+class StopsAt(Redness):
+    """A signal comes while the network looks at a picture."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def probs(self, pictures: Sequence[Array]) -> list[Array]:
+        if len(self.seen) == self._number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().probs(pictures)
+
+
+@pytest.mark.parametrize("number", [0, 12])
+def test_a_stopped_run_leaves_what_was_there(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_received", [])
+    source = Recipe().write(Path("clip.mp4"))
+    Path("out").mkdir()
+    target = target_of(source, Path("out"), GREEN)
+    target.write_text("precious")
+    network = StopsAt(number)
+
+    with stopping.listening(), pytest.raises(stopping.Stopped):
+        predict(source, network, overwrite=True)
+    assert len(network.seen) == number + 1
+    assert [path.name for path in Path("out").iterdir()] == [target.name]
+    assert target.read_text() == "precious"
+
+
+def test_what_a_killed_run_left_is_swept_and_nothing_else() -> None:
+    source = Recipe(num_frames=3).write(Path("clip.mp4"))
+    Path("out").mkdir()
+    Path("out/.clip_background.mp4.77.tmp").write_text("left by a killed run")
+    Path("out/.other_background.mp4.78.tmp").write_text("being written by another run")
+
+    predict(source)
+
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        ".other_background.mp4.78.tmp",
+        "clip_background.mp4",
+    ]
+
+
+def test_a_killed_run_leaves_only_a_hidden_file() -> None:
+    Recipe().write(Path("clip.mp4"))
+    script = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from video_cases import Redness\n"
+        "from segtrain.prediction.video import predict_video\n"
+        "class Kills(Redness):\n"
+        "    def probs(self, pictures):\n"
+        "        if len(self.seen) == 20: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return super().probs(pictures)\n"
+        "predict_video(Path('clip.mp4'), Path('out/a.mp4'), Kills(), background='blur',\n"
+        "    overwrite=False, tell=print)\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths})
+
+    assert done.returncode == -signal.SIGKILL
+    [left] = Path("out").iterdir()
+    assert left.name.startswith(".a.mp4.")
+    assert left.suffix == ".tmp"
+
+
+def test_a_full_disk_is_a_resource_error() -> None:
+    source = Recipe(num_frames=50, picture=lambda number: noise(number)).write(Path("clip.mp4"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ResourceError, match="cannot write"):
+            predict(source, Everything())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(Path("out").iterdir()) == []
+
+
+def noise(number: int) -> Array:
+    return np.random.default_rng(number).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+
+
+# --- What cannot be used ------------------------------------------------------------------------
+
+
+def cut_short(path: Path, share: float = 0.6) -> Path:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    return path
+
+
+def assert_refused(source: Path, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        predict(source)
+    assert not list(Path().glob("out/*"))
+    assert not list(Path().glob("out/.*"))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "recipe"),
+    [
+        (".mkv", Recipe(num_frames=100)),
+        (".mp4", Recipe(num_frames=100, movflags="faststart")),
+        (".flv", Recipe(num_frames=100, ticks=Fraction(1, 1000), sounds=("libmp3lame",))),
+    ],
+)
+def test_a_clip_that_was_cut_short_is_refused(suffix: str, recipe: Recipe) -> None:
+    assert_refused(cut_short(recipe.write(Path("clip" + suffix))), r"clip.* cut short")
+
+
+def test_a_clip_without_its_index_is_refused() -> None:
+    assert_refused(cut_short(Recipe().write(Path("clip.mp4"))), "cannot read clip.mp4")
+
+
+def test_sound_alone_is_refused() -> None:
+    source = Recipe(num_frames=0, seconds_of_sound=1).write(Path("clip.mp4"))
+
+    assert_refused(source, "no moving pictures")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\0" * 5000, b"#EXTM3U\n#EXTINF:1,\nother.ts\n#EXT-X-ENDLIST\n"]
+)
+def test_what_is_no_video_is_refused(content: bytes) -> None:
+    Path("clip.mp4").write_bytes(content)
+
+    assert_refused(Path("clip.mp4"), r"cannot read clip\.mp4")
+
+
+def test_a_missing_file_and_a_folder_are_refused() -> None:
+    Path("folder.mp4").mkdir()
+
+    assert_refused(Path("nope.mp4"), r"nope\.mp4 does not exist")
+    assert_refused(Path("folder.mp4"), r"folder\.mp4 is not a file")
+
+
+def test_frames_that_are_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Recipe(num_frames=3).write(Path("clip.mp4"))
+    monkeypatch.setattr("segtrain.prediction.video.reading.MAX_PIXELS", 48 * 64 - 1)
+
+    assert_refused(source, "megapixels")
+
+
+def test_damage_in_the_middle_is_told_and_the_rest_is_kept() -> None:
+    recipe = Recipe(num_frames=50, options={"g": "10"}, sounds=(), movflags="faststart")
+    source = recipe.write(Path("clip.mp4"))
+    content = bytearray(source.read_bytes())
+    middle = len(content) * 3 // 4  # behind the index
+    content[middle : middle + 60] = b"\xff" * 60
+    source.write_bytes(content)
+    told: list[str] = []
+    after = look(predict(source, told=told))
+
+    assert 40 <= len(after.frames) <= 50
+    assert "damaged packets" in told[-1]
+
+
+def test_a_name_that_looks_like_an_address() -> None:
+    source = Recipe(num_frames=3).write(Path("clip.mp4")).rename("12:30.mp4")
+
+    assert predict(source).is_file()
+
+
+def test_targets_are_protected() -> None:
+    source = Recipe(num_frames=3).write(Path("clip.mp4"))
+    target = predict(source)
+    network = Redness()
+    calls = {"background": GREEN, "tell": print}
+
+    with pytest.raises(UsageError, match="--overwrite"):
+        predict_video(source, target, network, overwrite=False, **calls)
+    Path("link.mp4").symlink_to(source)
+    with pytest.raises(UsageError, match="is the input"):
+        predict_video(source, Path("link.mp4"), network, overwrite=True, **calls)
+    assert network.seen == []
+
+
+def test_an_unknown_background_is_refused_first() -> None:
+    source = Recipe(num_frames=3).write(Path("clip.mp4"))
+
+    with pytest.raises(UsageError, match="--background"):
+        predict(source, background="beach.jpg")
+
+
+def test_missing_pyav_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segtrain.prediction.video.find_spec", lambda name: None)
+
+    with pytest.raises(UsageError, match=r"pip install 'segtrain\[video\]'"):
+        predict(Path("clip.mp4"))
+
+
+# --- The house ----------------------------------------------------------------------------------
+
+
+def test_the_package_is_light_and_knows_no_torch() -> None:
+    script = (
+        "import sys, segtrain.prediction.video.suffixes\n"
+        "heavy = {'av', 'cv2', 'numpy', 'torch'} & sys.modules.keys()\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    for path in (Path(__file__).parents[1] / "segtrain/prediction/video").glob("*.py"):
+        names = {
+            alias.name if isinstance(node, ast.Import) else node.module
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        assert not any(str(name).startswith("torch") for name in names)

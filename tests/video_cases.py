@@ -1,0 +1,215 @@
+"""Clips made for tests, and networks that need no training."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import Interpolation
+
+Array = npt.NDArray[Any]
+RATE = Fraction(25)
+TICKS = Fraction(1, 12_800)
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+
+def moving_square(number: int, height: int = 48, width: int = 64) -> Array:
+    """A red square that walks over a grey ground: H W 3 uint8 RGB."""
+    picture = np.full((height, width, 3), (90, 100, 110), dtype=np.uint8)
+    left = number % (width - 16)
+    picture[height // 4 : height // 4 + 16, left : left + 16] = (200, 40, 30)
+    return picture
+
+
+def solid(colour: tuple[int, int, int], size: int = 48) -> Array:
+    """One colour, size size 3 uint8."""
+    return np.full((size, size, 3), colour, dtype=np.uint8)
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """What a clip is made of.
+
+    picture: from a frame's number to its pixels.
+    times: of each frame, and the end of the last, in `ticks`; None: one after the other.
+    sounds: a codec for each track.
+    """
+
+    num_frames: int = 25
+    picture: Callable[[int], Array] = moving_square
+    times: Sequence[int] | None = None
+    ticks: Fraction = TICKS
+    codec: str = "libx264"
+    pixel_format: str = "yuv420p"
+    rate: Fraction = RATE
+    sounds: Sequence[str] = ("aac",)
+    seconds_of_sound: float | None = None
+    options: dict[str, str] = field(default_factory=lambda: {"crf": "10"})
+    rotation: tuple[int, bool] | None = None
+    aspect: Fraction | None = None
+    colour: dict[str, int] = field(default_factory=dict)
+    convert: dict[str, int] = field(default_factory=dict)
+    movflags: str | None = None
+
+    def write(self, path: Path, container: str | None = None) -> Path:
+        options = {"movflags": self.movflags} if self.movflags else {}
+        with av.open(path, "w", format=container, container_options=options) as output:
+            streams = [output.add_stream(codec, rate=48_000) for codec in self.sounds]
+            for number, stream in enumerate(streams):
+                stream.layout = "stereo"
+                stream.metadata["language"] = ("eng", "deu")[number % 2]
+            if self.num_frames:
+                self.write_frames(output)
+            seconds = self.seconds_of_sound or float(self.num_frames / self.rate)
+            for number, stream in enumerate(streams):
+                _write_sine(output, stream, seconds, 440 * (number + 1))
+        return path
+
+    def write_frames(self, output: Any) -> None:
+        first = self.picture(0)
+        video = output.add_stream(self.codec, rate=self.rate, options=self.options)
+        video.height, video.width = first.shape[:2]
+        video.pix_fmt, video.codec_context.time_base = self.pixel_format, self.ticks
+        if self.rotation is not None:
+            video.set_display_rotation(self.rotation[0], hflip=self.rotation[1])
+        if self.aspect is not None:
+            video.codec_context.sample_aspect_ratio = self.aspect
+        for name, value in self.colour.items():
+            setattr(video.codec_context, name, value)
+        times = self.times or range(0, 10**9, round(1 / self.rate / self.ticks))
+        for number in range(self.num_frames):
+            frame = av.VideoFrame.from_ndarray(self.picture(number), format="rgb24")
+            frame = frame.reformat(format=self.pixel_format, interpolation=EXACT, **self.convert)
+            frame.pts, frame.duration = times[number], times[number + 1] - times[number]
+            frame.time_base = self.ticks
+            output.mux(video.encode(frame))
+        output.mux(video.encode(None))
+
+
+def _write_sine(output: Any, stream: Any, seconds: float, hertz: int) -> None:
+    for start in range(0, round(seconds * 48_000), 1024):
+        at = np.arange(start, min(start + 1024, round(seconds * 48_000))) / 48_000
+        wave = (0.5 * np.sin(2 * np.pi * hertz * at)).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(np.stack([wave, wave]), format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = 48_000, start, Fraction(1, 48_000)
+        output.mux(stream.encode(frame))
+    output.mux(stream.encode(None))
+
+
+class Redness:
+    """A network that takes what is red for a person."""
+
+    description = "redness"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def probs(self, pictures: Sequence[Array]) -> list[Array]:
+        self.seen += [picture.shape for picture in pictures]
+        red = [picture[..., 0].astype(np.float32) - picture[..., 1] for picture in pictures]
+        return [np.clip((each - 40) / 80, 0, 1).astype(np.float32) for each in red]
+
+
+class Everything:
+    """A network that takes everything for a person: the picture comes through."""
+
+    description = "everything"
+
+    def probs(self, pictures: Sequence[Array]) -> list[Array]:
+        return [np.ones(picture.shape[:2], dtype=np.float32) for picture in pictures]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is in a file.
+
+    frames: H W 3 int16 RGB as a player shows them but for the rotation; times: seconds.
+    sounds: for each track its codec, language, samples and packets.
+    """
+
+    frames: list[Array]
+    times: list[float]
+    rotation: int
+    format: str
+    aspect: Fraction | None
+    colour: tuple[int, int, int, int]
+    rate: Fraction
+    duration: float
+    sounds: list[dict[str, Any]]
+    other: int
+
+
+def look(path: Path, decoder: str | None = None, pixels: str = "rgb24") -> Seen:
+    """Decode all of a file."""
+    with av.open(path) as clip:
+        video = clip.streams.video[0]
+        context = video.codec_context
+        if decoder is not None:
+            context = av.CodecContext.create(decoder, "r")
+            context.extradata = video.codec_context.extradata
+        frames = [
+            frame
+            for packet in clip.demux(video)
+            for frame in context.decode(packet if packet.size else None)
+        ]
+        first = frames[0]
+        return Seen(
+            frames=[frame.to_ndarray(format=pixels).astype(np.int16) for frame in frames],
+            times=[float(frame.pts * video.time_base) for frame in frames],
+            rotation=first.rotation,
+            format=first.format.name,
+            aspect=video.sample_aspect_ratio,
+            colour=(first.colorspace, first.color_range, first.color_primaries, first.color_trc),
+            rate=video.average_rate,
+            duration=clip.duration / av.time_base,
+            sounds=[_listen(path, number) for number in range(len(clip.streams.audio))],
+            other=len(clip.streams) - len(clip.streams.audio) - 1,
+        )
+
+
+def yuv_to_rgb(path: Path, matrix: str | None = None) -> Array:
+    """The colour in the middle of the first frame, by the formulas of BT.601 and BT.709.
+
+    Args:
+        matrix: what an untagged file means.
+    """
+    with av.open(path) as clip:
+        frame = next(clip.decode(video=0))
+    luma, blue, red = (_middle(plane, "10" in frame.format.name) for plane in frame.planes)
+    if frame.color_range == 2:
+        luma, blue, red = luma / 255, (blue - 128) / 255, (red - 128) / 255
+    else:
+        luma, blue, red = (luma - 16) / 219, (blue - 128) / 224, (red - 128) / 224
+    name = matrix or {1: "bt709", 5: "bt601", 6: "bt601"}[frame.colorspace]
+    of_red, of_blue = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114)}[name]
+    r, b = luma + 2 * (1 - of_red) * red, luma + 2 * (1 - of_blue) * blue
+    g = (luma - of_red * r - of_blue * b) / (1 - of_red - of_blue)
+    return np.array([r, g, b]) * 255
+
+
+def _middle(plane: Any, ten_bits: bool) -> float:
+    """What stands in the middle of a plane, in units of 8 bits."""
+    rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+    if ten_bits:
+        return float(rows.view(np.uint16)[plane.height // 2, plane.width // 2]) / 4
+    return float(rows[plane.height // 2, plane.width // 2])
+
+
+def _listen(path: Path, number: int) -> dict[str, Any]:
+    with av.open(path) as clip:
+        stream = clip.streams.audio[number]
+        packets = [bytes(packet) for packet in clip.demux(stream) if packet.size]
+    with av.open(path) as clip:
+        stream = clip.streams.audio[number]
+        samples = [frame.to_ndarray() for frame in clip.decode(stream)]
+        return {
+            "codec": stream.codec_context.name,
+            "language": stream.language,
+            "packets": packets,
+            "samples": np.concatenate(samples, axis=1) if samples else None,
+            "rate": stream.rate,
+        }
