@@ -266,6 +266,7 @@ def test_a_colour_comes_through(
         assert look(target).colour == (tags["colorspace"], 1, *(tags[name] for name in names))
 
 
+@pytest.mark.slow  # libswscale computes its table for seconds, once a clip
 @pytest.mark.parametrize("transfer", [16, 18], ids=["PQ", "HLG"])
 def test_hdr_becomes_standard_range_and_is_told(transfer: int) -> None:
     recipe = Recipe(

@@ -1,6 +1,7 @@
 """A clip in, a clip out: read, ask the network, smooth, compose, write."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 from segtrain.files import atomic_write
@@ -34,24 +35,41 @@ def convert(
             writing(file, target, clip.facts, clip.sounds, tell) as film,
             progress_bar(total=clip.facts.num_frames, desc=source.name, unit="frame") as bar,
         ):
-            smoother, time_base = Smoother(), clip.facts.time_base
-            num_frames, end, first, share = 0, 0, 0, 0.0
+            smoother, tally = Smoother(), _Tally()
             for piece in clip.pieces():
                 if not isinstance(piece, Frame):
                     film.add_sound(piece)
                     continue
                 [probability] = network.probs([piece.pixels])
-                probability = smoother.smooth(
-                    piece.pixels, probability, float(piece.ticks * time_base)
-                )
+                seconds = float(piece.ticks * clip.facts.time_base)
+                probability = smoother.smooth(piece.pixels, probability, seconds)
                 film.add_frame(compose(piece.pixels, probability), piece.ticks, piece.duration)
-                first = first if num_frames else piece.ticks
-                num_frames, end = num_frames + 1, piece.ticks + piece.duration
-                share += float((probability >= 0.5).mean())
+                tally.add(piece, probability)
                 bar.update()
         if clip.num_broken:
             tell(f"{source}: {clip.num_broken} damaged packets, concealed or left out")
-    return VideoOutcome(num_frames, float((end - first) * time_base), share / num_frames)
+    return tally.outcome(clip.facts.time_base)
+
+
+class _Tally:
+    """Sums over the frames."""
+
+    def __init__(self) -> None:
+        self._num_frames, self._start, self._end, self._person = 0, 0, 0, 0.0
+
+    def add(self, frame: Frame, probability: Probability) -> None:
+        if self._num_frames == 0:
+            self._start = frame.ticks
+        self._num_frames += 1
+        self._end = frame.ticks + frame.duration
+        self._person += float((probability >= 0.5).mean())
+
+    def outcome(self, time_base: Fraction) -> VideoOutcome:
+        return VideoOutcome(
+            num_frames=self._num_frames,
+            seconds=float((self._end - self._start) * time_base),
+            person_share=self._person / self._num_frames,
+        )
 
 
 def _compose(background: str) -> _Compose:

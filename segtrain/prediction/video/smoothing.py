@@ -21,7 +21,7 @@ STILL, MOVED = 4.0, 12.0
 # Where more of the picture than this has moved, it is another scene.
 CUT_SHARE = 0.5
 # Change is looked for at this short side: means of blocks, in which noise cancels out.
-_SHORT_SIDE = 180
+_SHORT_SIDE = 120
 
 _Grey = npt.NDArray[np.float32]
 

@@ -10,6 +10,7 @@ import av
 import cv2
 import numpy as np
 from av.audio.stream import AudioStream
+from av.codec.codec import UnknownCodecError
 from av.container import OutputContainer
 from av.packet import Packet
 from av.stream import Stream
@@ -56,7 +57,7 @@ KINDS = {
     ".webm": Kind(
         container="webm",
         codec="libvpx-vp9",
-        options={"crf": "20", "deadline": "good", "cpu-used": "5", "row-mt": "1"},
+        options={"crf": "20", "deadline": "realtime", "cpu-used": "6", "row-mt": "1"},
         pixel_format="yuva420p",
         copied=frozenset({"opus", "vorbis"}),
         sound="libopus",
@@ -137,7 +138,9 @@ def writing(
         # The end of a broken file may be impossible to write, too, and says nothing new.
         with suppress(Exception):
             container.close()
-        if isinstance(error, av.FFmpegError) and not isinstance(error, OSError | MemoryError):
+        if isinstance(error, av.FFmpegError | UnknownCodecError) and not isinstance(
+            error, OSError | MemoryError
+        ):
             raise DataError(f"cannot write {target} as {kind.container}: {error}") from error
         raise
 
