@@ -111,6 +111,8 @@ class FCDenseNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """N 3 H W RGB, uint8 or float in 0..255, any H and W → logits N num_classes H W."""
+        if torch.compiler.is_compiling():  # parts would fix the number of images for good
+            return self._logits(image)
         return torch.cat([self._logits(part) for part in torch.split(image, self._at_once(image))])
 
     def _logits(self, image: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class FCDenseNet(nn.Module):
         and have to be cleared; that costs more than a batch saves.
         """
         by_batch = self.bottleneck.layers[0].norm.training
-        if by_batch or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if by_batch or torch.is_grad_enabled():
             return len(image)
         if image.device.type != "cpu":
             return len(image)
