@@ -337,6 +337,50 @@ def predict(
 
 
 @app.command()
+def export(
+    checkpoint: CheckpointOption = None,
+    format_: Annotated[
+        Literal["onnx", "torch", "safetensors"],
+        typer.Option("--format", help="ONNX, torch.export's program, or weights and JSON."),
+    ] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option(help="The file.  [in this folder, called after the run]")
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8"],
+        typer.Option(help="Of the numbers in an ONNX; what a lower one loses is measured."),
+    ] = "fp32",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Roots on which that is measured. Default: $SEGTRAIN_DATA, else what it was "
+            "trained on."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that exists.")
+    ] = False,
+) -> None:
+    """Write a network for other programs, checked against torch on the spot."""
+    from segtrain.export.wishes import Wishes, plan_export
+
+    plan = plan_export(
+        Wishes(
+            checkpoint=checkpoint,
+            format=format_,
+            output=output,
+            precision=precision,
+            data=data,
+            overwrite=overwrite,
+        )
+    )
+    _say_loading()
+    from segtrain.export.command import export as export_network
+
+    export_network(plan, tell=_to_stderr)
+
+
+@app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of all runs.")] = Path(
         "runs"

@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parents[1] / "segtrain"
 # Bottom to top. A module may import from its own storey's folder and from every lower storey.
 STOREYS = [
     {"errors", "classes", "stopping", "cores", "rgb"},
-    {"config", "files", "progress"},
-    {"images", "devices", "runs", "locking", "distributed", "pieces"},
+    {"config", "files", "progress", "tiles", "extras"},
+    {"images", "devices", "runs", "locking", "distributed", "pieces", "asking"},
     {"data", "models", "overview", "sheets"},
     {"checkpoint"},
     {"evaluation"},
     {"training", "prediction"},
-    {"doctor"},
+    {"doctor", "export"},
     {"cli"},
     # The face of the package imports what it offers only when that is asked for.
     {"__init__", "__main__", "launch"},

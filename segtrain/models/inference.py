@@ -1,7 +1,6 @@
 """How a network is asked about pictures: the one way that evaluation and prediction share."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -9,55 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segtrain.asking import Asking as Asking
 from segtrain.classes import PERSON
-from segtrain.config import Tta
 from segtrain.devices import Autocast
 from segtrain.images import Pixels, resize_short_side, scaled_size
-from segtrain.models.tiling import automatic_side, check_side, probs_by_tiles
+from segtrain.models.tiling import probs_by_tiles
+from segtrain.tiles import automatic_side
 
-_SCALES = (0.75, 1.0, 1.25)
 # Tiles on a GPU come so many at once; a megapixel keeps it busy.
 _PIXELS_AT_ONCE = 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asking:
-    """How the network is asked.
-
-    short_side: of the picture that the network sees, pixels.
-    tta: test-time augmentation, the mean over several views of the picture. "flip" takes the
-        picture and its mirror image, "scales" 0.75, 1 and 1.25 of the short side, each with its
-        mirror image.
-    tile: side of the square tiles in which the scaled picture is seen, pixels; None for whole,
-        "auto" as `segtrain.models.tiling.automatic_side` says.
-
-    Raises:
-        UsageError: tiles cannot have this side.
-    """
-
-    short_side: int
-    tta: Tta = "none"
-    tile: int | Literal["auto"] | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.tile, int):
-            check_side(self.tile)
-
-    @property
-    def short_sides(self) -> list[int]:
-        """Of each view, ascending; mirror images not counted."""
-        factors = _SCALES if self.tta == "scales" else (1.0,)
-        return [round(factor * self.short_side) for factor in factors]
-
-    @property
-    def num_views(self) -> int:
-        """How often the network is asked about a picture."""
-        return len(self.short_sides) * (1 if self.tta == "none" else 2)
-
-    @property
-    def loaded_short_side(self) -> int:
-        """To which a picture is scaled before `person_probs` gets it: as large as a view needs."""
-        return self.short_sides[-1]
 
 
 def person_probs_of_picture(

@@ -1,15 +1,19 @@
 """What predict asks of a network, whatever runs it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from segtrain.config import Precision, Tta
 from segtrain.images import Pixels
+
+if TYPE_CHECKING:  # the configuration's checks take a quarter of a second to import
+    from segtrain.config import Precision, Tta
 
 Probability = npt.NDArray[np.float32]
 
@@ -51,12 +55,16 @@ class Network(Protocol):
 
 
 def open_network(path: Path, how: HowToRun) -> Network:
-    """The network in a checkpoint.
+    """The network in a checkpoint or, without torch, in an .onnx file that `segtrain export` wrote.
 
     Raises:
         CheckpointError: the file is missing, damaged or no checkpoint.
-        UsageError: the device is not there.
+        UsageError: the device is not there, or onnxruntime is not installed.
     """
+    if path.suffix == ".onnx":
+        from segtrain.prediction.onnx_network import OnnxNetwork
+
+        return OnnxNetwork(path, how)
     from segtrain.prediction.torch_network import TorchNetwork
 
     return TorchNetwork(path, how)

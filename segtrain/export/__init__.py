@@ -1,0 +1,1 @@
+"""A checkpoint written for other programs: ONNX, torch.export, safetensors."""

@@ -1,0 +1,112 @@
+"""An exported .onnx file in onnxruntime. Imports no torch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from segtrain.cores import usable_cores
+from segtrain.errors import CheckpointError, UsageError
+from segtrain.extras import needed
+from segtrain.images import Pixels
+from segtrain.prediction.metadata import Metadata
+
+Probability = npt.NDArray[np.float32]
+
+_ONLY_FATAL = 4
+# The key under which a tensor names the file, or the place in memory, that its numbers lie in.
+_ELSEWHERE = b"location"
+
+
+class OnnxSession:
+    """A network that a file holds, checked before it is run.
+
+    Args:
+        content: of the file. It is read from memory, so it can name no other file.
+        path: named in errors only.
+        device: auto, cpu, cuda or cuda:N; auto takes CUDA where this onnxruntime has it.
+
+    Raises:
+        CheckpointError: it is damaged, needs other files or operators of its own, or was not
+            written by `segtrain export`.
+        UsageError: onnxruntime is not installed, or has no such device.
+    """
+
+    def __init__(self, content: bytes, path: Path, device: str = "cpu") -> None:
+        ort: Any = needed("onnxruntime", "onnx")
+        self._path = path
+        self.provider, options = _provider(ort, device)
+        if _ELSEWHERE in content:
+            raise CheckpointError(f"{path} wants numbers from other files; export it in one file")
+        try:
+            self._session = ort.InferenceSession(
+                content, _options(ort), providers=[(self.provider, options)]
+            )
+        except Exception as error:  # onnxruntime's own errors have no common class
+            raise CheckpointError(
+                f"{path} is damaged or no network for onnxruntime; export it again "
+                f"({_reason(error)})"
+            ) from error
+        try:
+            texts = self._session.get_modelmeta().custom_metadata_map
+            self.metadata = Metadata.from_texts(texts)
+            self._check_signature()
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} cannot be used: {error}") from None
+
+    def probs(self, images: Pixels) -> Probability:
+        """N H W 3 uint8 RGB → N H W float32 in 0..1, the probability of person.
+
+        Raises:
+            CheckpointError: the network fails or answers nonsense.
+            MemoryError: it does not fit into memory.
+        """
+        try:
+            [probs] = self._session.run(None, {"image": np.ascontiguousarray(images)})
+        except Exception as error:
+            if "allocate memory" in str(error) or "bad_alloc" in str(error):
+                raise MemoryError("out of memory") from error
+            raise CheckpointError(f"{self._path} cannot be run: {_reason(error)}") from error
+        # Written so that NaN is nonsense, too.
+        if probs.shape != images.shape[:3] or not (probs.min() >= 0 and probs.max() <= 1.001):
+            raise CheckpointError(f"{self._path} answers with nonsense; export it again")
+        return np.asarray(probs, dtype=np.float32)
+
+    def _check_signature(self) -> None:
+        inputs = [(i.name, i.type, i.shape) for i in self._session.get_inputs()]
+        outputs = [(o.name, o.type, o.shape) for o in self._session.get_outputs()]
+        free = [isinstance(side, str) for _, _, shape in inputs + outputs for side in shape]
+        wanted = [("image", "tensor(uint8)", 4), ("probs", "tensor(float)", 3)]
+        found = [(name, kind, len(shape)) for name, kind, shape in inputs + outputs]
+        if found != wanted or inputs[0][2][3] != 3 or free != [True] * 3 + [False] + [True] * 3:
+            raise ValueError("it does not take N H W 3 uint8 and give N H W float32")
+
+
+def _provider(ort: Any, device: str) -> tuple[str, dict[str, str]]:
+    """onnxruntime's name for a device, and its options."""
+    there = "CUDAExecutionProvider" in ort.get_available_providers()
+    kind, _, number = device.partition(":")
+    if kind == "cpu" or (kind == "auto" and not there):
+        return "CPUExecutionProvider", {}
+    if kind not in {"auto", "cuda"} or (number and not number.isdecimal()):
+        raise UsageError(f"--device {device!r} is unknown; use auto, cpu, cuda or cuda:N")
+    if not there:
+        raise UsageError(
+            f"this onnxruntime has no CUDA for --device {device}: pip install onnxruntime-gpu"
+        )
+    return "CUDAExecutionProvider", {"device_id": number or "0"}
+
+
+def _options(ort: Any) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = usable_cores()
+    # Plans of memory are kept a size of picture, and every picture may have its own.
+    options.enable_mem_pattern = False
+    # Its lines on stderr say again what the exception says.
+    options.log_severity_level = _ONLY_FATAL
+    return options
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
