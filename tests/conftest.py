@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from coco_fixtures import make_toy_coco
+from export_cases import write_checkpoint
 
 from segtrain.cli import run
 
@@ -61,6 +62,16 @@ def trained_run(toy_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     arguments = ["--data", str(toy_coco), "--output", str(output), "--name", "toy"]
     assert run(["train", *arguments, "--epochs", "2", *TOY_TRAINING, "--debug"]) == 0
     return output / "toy"
+
+
+@pytest.fixture(scope="session")
+def exported_unet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small U-Net as a checkpoint and as the .onnx that `segtrain export` makes of it."""
+    folder = tmp_path_factory.mktemp("exported")
+    checkpoint = write_checkpoint(folder / "unet.pt", "model.base_channels=4", "model.depth=2")
+    onnx = folder / "unet.onnx"
+    assert run(["export", "--checkpoint", str(checkpoint), "--output", str(onnx), "--debug"]) == 0
+    return checkpoint, onnx
 
 
 @pytest.fixture(autouse=True)

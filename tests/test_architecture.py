@@ -109,6 +109,8 @@ PICTURES = {"numpy", "cv2", "PIL"}
         (["train", "--set", "optim.lrr=1"], HEAVY | PICTURES),
         (["eval", "--split", "test"], HEAVY | PICTURES),
         (["predict", "nope.jpg"], HEAVY),
+        (["export", "--precision", "int8", "--format", "torch"], HEAVY | PICTURES),
+        (["export", "--checkpoint", "nope.pt"], HEAVY | PICTURES),
         (["prepare", "a", "b", "--set", "data.x=1"], HEAVY | PICTURES),
         (["prepare", "nowhere", "b"], HEAVY),
         (["runs"], HEAVY | PICTURES),

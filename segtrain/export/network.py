@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from segtrain.classes import PERSON
 from segtrain.config import BnEval
 from segtrain.errors import UsageError
+from segtrain.export.hints import hints_hidden
 from segtrain.models.unet import UNet
 
 # No side is a multiple of what networks halve to, nor 1, nor equal to another: the tracer would
@@ -78,7 +79,7 @@ def traced(network: Exportable) -> torch.export.ExportedProgram:
     """The network as a graph with free N, H and W."""
     free: Any = torch.export.Dim.DYNAMIC
     example = torch.zeros(_EXAMPLE, dtype=torch.uint8)
-    with torch.no_grad():
+    with torch.no_grad(), hints_hidden():
         return torch.export.export(
             network.eval(), (example,), dynamic_shapes=({0: free, 1: free, 2: free},)
         )

@@ -1,15 +1,13 @@
 """The network as an ONNX file."""
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from segtrain.export.checking import Ask
+from segtrain.export.hints import hints_hidden
 from segtrain.export.network import Exportable, traced
 from segtrain.extras import needed
 from segtrain.prediction.metadata import Metadata
@@ -20,15 +18,24 @@ _OPSET = 18
 _FREE = ("batch", "height", "width")
 
 
-def onnx_bytes(network: Exportable, metadata: Metadata) -> bytes:
+def onnx_bytes(model: nn.Module, metadata: Metadata) -> bytes:
     """The file's content; inputs and outputs are as `segtrain.prediction.metadata` says.
 
+    Args:
+        model: in float32, changed in place.
+        metadata: its precision is that of the weights and of the computation; with fp16 only batch
+            norm's statistics and the softmax are in float32. int8 is made from fp32 afterwards.
+
     Raises:
-        UsageError: onnx or onnxscript is not installed.
+        UsageError: onnx, onnxscript or onnxruntime is not installed, or the network cannot be
+            traced.
     """
-    for module in ("onnx", "onnxscript"):
+    for module in ("onnx", "onnxscript", "onnxruntime"):
         needed(module, "onnx")
-    with _quiet():
+    network = Exportable(model, metadata.bn_eval)
+    if metadata.precision == "fp16":
+        network.half()
+    with hints_hidden():
         program = torch.onnx.export(
             traced(network),
             dynamo=True,
@@ -38,20 +45,20 @@ def onnx_bytes(network: Exportable, metadata: Metadata) -> bytes:
             verbose=False,
         )
     assert program is not None
-    model: Any = program.model_proto
-    _forget_how_it_was_made(model)
-    for value in (*model.graph.input, *model.graph.output):
+    proto: Any = program.model_proto
+    _forget_how_it_was_made(proto)
+    for value in (*proto.graph.input, *proto.graph.output):
         for side, name in zip(value.type.tensor_type.shape.dim, _FREE, strict=False):
             side.dim_param = name
-    return with_metadata(model, metadata)
+    return with_metadata(proto, metadata)
 
 
-def with_metadata(model: Any, metadata: Metadata) -> bytes:
-    """A model proto as bytes, labelled."""
+def with_metadata(proto: Any, metadata: Metadata) -> bytes:
+    """An ONNX model, checked and labelled, as bytes."""
     onnx: Any = needed("onnx", "onnx")
-    onnx.helper.set_model_props(model, metadata.as_texts())
-    onnx.checker.check_model(model)
-    content: bytes = model.SerializeToString()
+    onnx.helper.set_model_props(proto, metadata.as_texts())
+    onnx.checker.check_model(proto)
+    content: bytes = proto.SerializeToString()
     return content
 
 
@@ -60,27 +67,11 @@ def opened(content: bytes, path: Path) -> Ask:
     return OnnxSession(content, path).probs
 
 
-def _forget_how_it_was_made(model: Any) -> None:
+def _forget_how_it_was_made(proto: Any) -> None:
     """Drop the tracer's notes: they make up much of a small file and name folders here."""
-    graph = model.graph
+    graph = proto.graph
     # Shapes in between are named by the tracer's symbols; whoever runs it finds its own.
     del graph.value_info[:]
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
         part.doc_string = ""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within, the exporter's own hints, which say nothing about the file, are not shown."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

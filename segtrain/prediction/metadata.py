@@ -1,12 +1,17 @@
 """What an exported file says of itself, so that it can be used without the checkpoint."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from segtrain import __version__
 from segtrain.classes import CLASSES
+
+if TYPE_CHECKING:  # the configuration's checks take a tenth of a second to import
+    from segtrain.config import BnEval
 
 FORMAT_VERSION = "1"
 INPUT = "image: N H W 3 uint8, RGB, any N, H and W"
@@ -18,6 +23,7 @@ PREPROCESSING = (
 
 _PREFIX = "segtrain."
 _SIZES = range(1, 65536)
+_BN_EVALS = ("running", "batch", "recalibrate")
 
 ExportPrecision = Literal["fp32", "fp16", "int8"]
 
@@ -35,29 +41,35 @@ class Metadata:
 
     model: Mapping[str, Any]
     short_side: int
-    bn_eval: str
-    precision: str
+    bn_eval: BnEval
+    precision: ExportPrecision
     checkpoint_sha256: str
 
-    def as_texts(self) -> dict[str, str]:
-        """Key → text; the keys begin with `segtrain.`, lists and mappings are JSON."""
-        values = {
+    def as_tree(self) -> dict[str, Any]:
+        """In plain types, for JSON."""
+        return {
             "format_version": FORMAT_VERSION,
             "version": __version__,
-            "classes": json.dumps(list(CLASSES)),
+            "classes": list(CLASSES),
             "input": INPUT,
             "output": OUTPUT,
             "preprocessing": PREPROCESSING,
-            "short_side": str(self.short_side),
+            "short_side": self.short_side,
             "bn_eval": self.bn_eval,
-            "model": json.dumps(dict(self.model)),
+            "model": dict(self.model),
             "precision": self.precision,
             "checkpoint_sha256": self.checkpoint_sha256,
         }
-        return {_PREFIX + key: value for key, value in values.items()}
+
+    def as_texts(self) -> dict[str, str]:
+        """Key → text; the keys begin with `segtrain.`, and what is no text is JSON."""
+        return {
+            _PREFIX + key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in self.as_tree().items()
+        }
 
     @staticmethod
-    def from_texts(texts: Mapping[str, str]) -> "Metadata":
+    def from_texts(texts: Mapping[str, str]) -> Metadata:
         """What `as_texts` wrote.
 
         Raises:
@@ -81,10 +93,14 @@ class Metadata:
             raise ValueError(f"its classes are not {', '.join(CLASSES)}")
         if not text("short_side").isdecimal() or int(text("short_side")) not in _SIZES:
             raise ValueError(f"its short_side is {text('short_side')!r:.20}")
+        bn_eval: Any = text("bn_eval")
+        precision: Any = text("precision")
+        if bn_eval not in _BN_EVALS or precision not in get_args(ExportPrecision):
+            raise ValueError(f"it has bn_eval {bn_eval!r:.20} and precision {precision!r:.20}")
         return Metadata(
             model=model,
             short_side=int(text("short_side")),
-            bn_eval=text("bn_eval"),
-            precision=text("precision"),
+            bn_eval=bn_eval,
+            precision=precision,
             checkpoint_sha256=text("checkpoint_sha256"),
         )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from segtrain.images import Pixels
 
-if TYPE_CHECKING:  # the configuration's checks take a quarter of a second to import
+if TYPE_CHECKING:  # the configuration's checks take a tenth of a second to import
     from segtrain.config import Precision, Tta
 
 Probability = npt.NDArray[np.float32]

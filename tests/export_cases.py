@@ -1,0 +1,56 @@
+"""Networks to export: random weights, and statistics of batch norm that matter."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from segtrain.checkpoint import Checkpoint, load_checkpoint, restore_model, save_checkpoint
+from segtrain.config import load_config
+from segtrain.images import Pixels
+from segtrain.models import build_model
+from segtrain.models.batch_norm import evaluation_statistics
+
+# An FC-DenseNet of three levels, evaluated as the paper does.
+TIRAMISU = (
+    *("model.name=fc_densenet56", "model.growth_rate=3", "model.stem_channels=5"),
+    *("model.down_blocks=[2,2]", "model.bottleneck=2", "model.up_blocks=[2,2]"),
+    "train.bn_eval=batch",
+)
+
+
+def write_checkpoint(path: Path, *sets: str) -> Path:
+    """A checkpoint of a network with these settings that has learnt nothing."""
+    config = load_config(sets=["data.image_size=64", *sets])
+    torch.manual_seed(0)
+    model = build_model(config.model.name, 2, **config.model.kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    weights = model.state_dict()
+    save_checkpoint(
+        path, Checkpoint(config=config, weights=weights, epoch=1, global_step=1, metrics={})
+    )
+    return path
+
+
+def random_images(number: int, height: int, width: int) -> Pixels:
+    """N H W 3 uint8."""
+    generator = np.random.default_rng(number * height * width)
+    return generator.integers(0, 256, (number, height, width, 3)).astype(np.uint8)
+
+
+def torch_probs(checkpoint: Path, images: Pixels) -> np.ndarray:
+    """What the network says, each picture alone; N H W float32."""
+    loaded = load_checkpoint(checkpoint)
+    model = restore_model(loaded, checkpoint)
+    answers = []
+    with torch.no_grad(), evaluation_statistics(model, loaded.config.train.bn_eval):
+        for image in images:
+            logits = model(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+            answers.append(torch.sigmoid(logits[0, 1] - logits[0, 0]).numpy())
+    return np.stack(answers)

@@ -1,0 +1,373 @@
+"""Exported files against torch, at five sizes and more, in every format; and planted faults."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import Command, Finished
+from export_cases import TIRAMISU, random_images, torch_probs, write_checkpoint
+from safetensors.torch import load_file
+
+from segtrain.checkpoint import load_checkpoint
+from segtrain.export import command, onnx_file, weights_file
+from segtrain.images import Pixels
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = [(1, 64, 64), (3, 65, 97), (1, 33, 120), (2, 128, 47), (1, 31, 31)]
+TINY = [(1, 1, 1), (1, 1, 7), (3, 5, 2)]
+
+
+def run_onnx(path: Path, images: Pixels) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(["probs"], {"image": images})[0]
+
+
+def assert_one_error(finished: Finished, code: int, *words: str) -> None:
+    assert finished.code == code, finished.err
+    assert len(finished.error_lines) == 1
+    assert "Traceback" not in finished.err
+    for word in words:
+        assert word in finished.error_lines[0]
+
+
+# --- ONNX ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SIZES + TINY, ids=str)
+def test_onnx_equals_torch_at_every_size(
+    exported_unet: tuple[Path, Path], shape: tuple[int, int, int]
+) -> None:
+    checkpoint, path = exported_unet
+    images = random_images(*shape)
+
+    expected = torch_probs(checkpoint, images)
+
+    assert expected.std() > 0.01 or shape in TINY
+    np.testing.assert_allclose(run_onnx(path, images), expected, rtol=0, atol=1e-5)
+
+
+def test_pictures_of_a_batch_are_normalised_as_if_each_came_alone(
+    segtrain: Command, tmp_path: Path
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "tiramisu.pt", *TIRAMISU)
+
+    finished = segtrain("export", "--checkpoint", checkpoint)
+
+    assert finished.code == 0, finished.err
+    for shape in SIZES:
+        images = random_images(*shape)
+        expected = torch_probs(checkpoint, images)
+        assert expected.std() > 0.01
+        found = run_onnx(Path("tiramisu.onnx"), images)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("model.base_channels=4", "model.depth=3", "model.norm=group", "model.up=bilinear"),
+        ("model.base_channels=4", "model.norm=none"),
+        ("model.encoder=alexnet",),
+        ("model.encoder=resnet18", "model.up=bilinear", "train.bn_eval=batch"),
+        ("model.encoder=mobilenet_v3_large",),
+        ("model.encoder=efficientnet_b0",),
+        ("model.encoder=convnext_tiny",),
+        ("model.encoder=vgg16_bn",),
+        ("model.name=fc_densenet56",),
+        ("model.name=fc_densenet56", "train.bn_eval=batch"),
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_network_is_exported(
+    segtrain: Command, tmp_path: Path, sets: tuple[str, ...]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "network.pt", *sets)
+
+    finished = segtrain("export", "--checkpoint", checkpoint)
+
+    assert finished.code == 0, finished.err
+    for shape in [(3, 65, 97), (1, 96, 64)]:
+        images = random_images(*shape)
+        found = run_onnx(Path("network.onnx"), images)
+        np.testing.assert_allclose(found, torch_probs(checkpoint, images), rtol=0, atol=1e-3)
+
+
+def test_the_file_is_valid_with_three_free_sides_and_standard_operators(
+    exported_unet: tuple[Path, Path],
+) -> None:
+    model = onnx.load(exported_unet[1])
+
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
+    assert not model.functions
+    [image], [probs] = model.graph.input, model.graph.output
+    sides = [
+        [side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim]
+        for value in (image, probs)
+    ]
+    assert (image.name, image.type.tensor_type.elem_type) == ("image", onnx.TensorProto.UINT8)
+    assert (probs.name, probs.type.tensor_type.elem_type) == ("probs", onnx.TensorProto.FLOAT)
+    assert sides == [["batch", "height", "width", 3], ["batch", "height", "width"]]
+
+
+def test_the_file_says_what_it_is(exported_unet: tuple[Path, Path]) -> None:
+    checkpoint, path = exported_unet
+
+    said = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+    assert said["segtrain.format_version"] == "1"
+    assert json.loads(said["segtrain.classes"]) == ["background", "person"]
+    assert json.loads(said["segtrain.model"]) == {"name": "unet", "base_channels": 4, "depth": 2}
+    assert said["segtrain.short_side"] == "64"
+    assert said["segtrain.bn_eval"] == "running"
+    assert said["segtrain.precision"] == "fp32"
+    assert said["segtrain.checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("format_name", ["onnx", "torch"])
+def test_the_file_names_no_folder_of_this_machine(
+    segtrain: Command, exported_unet: tuple[Path, Path], format_name: str
+) -> None:
+    path = exported_unet[1]
+    if format_name == "torch":
+        segtrain("export", "--checkpoint", exported_unet[0], "--format", "torch")
+        path = Path("unet.pt2")
+
+    content = path.read_bytes()
+
+    for folder in (Path(torch.__file__).parent, Path(command.__file__).parent, Path.home()):
+        assert str(folder).encode() + b"/" not in content
+
+
+def test_what_is_printed(segtrain: Command, exported_unet: tuple[Path, Path]) -> None:
+    finished = segtrain("export", "--checkpoint", exported_unet[0])
+
+    assert finished.out.startswith("unet.onnx: 0.")
+    assert "on five sizes:" in finished.err
+    assert "any N, H and W" in finished.err
+    assert "WARNING" not in finished.err
+
+
+def tampered(content: bytes) -> bytes:
+    """The same file with the weights of the last convolution moved a little."""
+    model = onnx.load_from_string(content)
+    head = [node for node in model.graph.node if node.op_type == "Conv"][-1]
+    [weight] = [one for one in model.graph.initializer if one.name == head.input[1]]
+    values = onnx.numpy_helper.to_array(weight) * np.float32(1.05)
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    return model.SerializeToString()
+
+
+def test_a_file_that_differs_from_torch_is_not_written(
+    segtrain: Command, exported_unet: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = exported_unet[1].read_bytes()
+    form = command.Format(lambda model, metadata: tampered(good), onnx_file.opened)
+    monkeypatch.setitem(command.FORMATS, "onnx", form)
+
+    finished = segtrain("export", "--checkpoint", exported_unet[0])
+
+    assert_one_error(finished, 4, "differ from torch by 0.0", "nothing was written")
+    assert list(Path().iterdir()) == []
+
+
+# --- Which file ---------------------------------------------------------------------------------
+
+
+def test_a_file_that_exists_is_kept(segtrain: Command, exported_unet: tuple[Path, Path]) -> None:
+    for name, option in (("unet.onnx", "onnx"), ("unet.json", "safetensors")):
+        Path(name).write_text("precious")
+        finished = segtrain("export", "--checkpoint", exported_unet[0], "--format", option)
+        assert_one_error(finished, 2, f"{name} exists", "--overwrite")
+        assert Path(name).read_text() == "precious"
+
+
+def test_a_run_gives_its_file_its_name(segtrain: Command, trained_run: Path) -> None:
+    finished = segtrain("export", "--checkpoint", trained_run, "--format", "safetensors")
+
+    assert finished.code == 0, finished.err
+    assert sorted(path.name for path in Path().iterdir()) == ["toy.json", "toy.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--output", "network.bin"), ".onnx"),
+        (("--format", "torch", "--precision", "fp16"), "--format onnx"),
+        (("--data", "somewhere"), "--precision"),
+    ],
+)
+def test_wishes_that_contradict_each_other(
+    segtrain: Command, exported_unet: tuple[Path, Path], options: tuple[str, ...], word: str
+) -> None:
+    assert_one_error(segtrain("export", "--checkpoint", exported_unet[0], *options), 2, word)
+
+
+def test_a_network_whose_tiles_are_not_fixed_is_refused(segtrain: Command, tmp_path: Path) -> None:
+    sets = ("model.padding=valid", "model.norm=none", "model.base_channels=2", "model.depth=1")
+    checkpoint = write_checkpoint(tmp_path / "paper.pt", *sets)
+
+    finished = segtrain("export", "--checkpoint", checkpoint)
+
+    assert_one_error(finished, 2, "padding=valid", "--format safetensors")
+
+
+@pytest.mark.parametrize(
+    ("module", "format_name", "extra"),
+    [
+        ("onnx", "onnx", "onnx"),
+        ("onnxscript", "onnx", "onnx"),
+        ("onnxruntime", "onnx", "onnx"),
+        ("safetensors.torch", "safetensors", "safetensors"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra(
+    segtrain: Command,
+    exported_unet: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    format_name: str,
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+
+    finished = segtrain("export", "--checkpoint", exported_unet[0], "--format", format_name)
+
+    assert_one_error(finished, 2, f"pip install 'segtrain[{extra}]'")
+
+
+# --- torch and safetensors ----------------------------------------------------------------------
+
+
+def test_a_torch_program_equals_torch_at_every_size(
+    segtrain: Command, exported_unet: tuple[Path, Path]
+) -> None:
+    checkpoint = exported_unet[0]
+    finished = segtrain("export", "--checkpoint", checkpoint, "--format", "torch")
+    assert finished.code == 0, finished.err
+
+    extra = {"segtrain.json": ""}
+    program = torch.export.load("unet.pt2", extra_files=extra)
+
+    network = program.module(check_guards=False)
+    assert json.loads(extra["segtrain.json"])["short_side"] == 64
+    for shape in SIZES + TINY:
+        images = random_images(*shape)
+        found = network(torch.from_numpy(images)).detach().numpy()
+        np.testing.assert_allclose(found, torch_probs(checkpoint, images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [("model.base_channels=4",), ("model.padding=valid", "model.base_channels=2"), TIRAMISU],
+    ids=["unet", "valid", "tiramisu"],
+)
+def test_weights_come_back_as_they_were(
+    segtrain: Command, tmp_path: Path, sets: tuple[str, ...]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "network.pt", *sets)
+    finished = segtrain("export", "--checkpoint", checkpoint, "--format", "safetensors")
+    assert finished.code == 0, finished.err
+
+    weights = load_file("network.safetensors")
+    original = load_checkpoint(checkpoint)
+
+    assert weights.keys() == original.weights.keys()
+    for key, weight in weights.items():
+        assert torch.equal(weight, original.weights[key]), key
+    path = Path("network.safetensors")
+    model, metadata = weights_file.model_from_bytes(path.read_bytes(), path)
+    assert metadata.as_tree() == json.loads(Path("network.json").read_text())
+    rebuilt = model.state_dict()
+    assert all(torch.equal(rebuilt[key], weight) for key, weight in weights.items())
+
+
+# --- Lower precision ----------------------------------------------------------------------------
+
+
+def lower_precision(segtrain: Command, run: Path, precision: str, *options: Any) -> Finished:
+    finished = segtrain("export", "--checkpoint", run, "--precision", precision, *options)
+    assert finished.code == 0, finished.err
+    assert "WARNING" not in finished.err
+    return finished
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_what_a_lower_precision_loses_is_told(
+    segtrain: Command, trained_run: Path, toy_coco: Path, precision: str
+) -> None:
+    finished = lower_precision(segtrain, trained_run, precision)
+
+    [line] = [line for line in finished.err.splitlines() if line.startswith("fp32 -> ")]
+    assert f"-> {precision}: person IoU" in line
+    assert "points) on" in line
+    assert f"data to measure on: {toy_coco}" in finished.err
+    path = Path(f"toy-{precision}.onnx")
+    said = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert said["segtrain.precision"] == precision
+    images = random_images(2, 65, 97)
+    expected = torch_probs(trained_run / "checkpoints" / "best.pt", images)
+    difference = np.abs(run_onnx(path, images) - expected)
+    assert 0 < difference.mean() < {"fp16": 2e-3, "int8": 0.1}[precision]
+
+
+def test_the_numbers_of_a_lower_precision_are_smaller(segtrain: Command, trained_run: Path) -> None:
+    lower_precision(segtrain, trained_run, "fp16")
+
+    model = onnx.load("toy-fp16.onnx")
+
+    kinds = {weight.data_type for weight in model.graph.initializer if len(weight.dims) == 4}
+    assert onnx.TensorProto.FLOAT16 in kinds
+    assert onnx.TensorProto.FLOAT not in kinds
+
+
+def test_the_loss_is_that_of_the_answers(toy_coco: Path) -> None:
+    """Counted by hand for networks that say one thing everywhere."""
+    from segtrain.config import DataConfig
+    from segtrain.data import open_pictures
+    from segtrain.export.quality import measure_loss
+
+    class Constant:
+        description = "constant"
+
+        def __init__(self, value: float) -> None:
+            self.value = np.float32(value)
+
+        def probs(self, pictures: list[Pixels]) -> list[np.ndarray]:
+            return [np.full(picture.shape[:2], self.value) for picture in pictures]
+
+    config = DataConfig(root=str(toy_coco))
+    pictures = open_pictures(config, "val")
+    masks = [pictures.sample(index).mask for index in range(len(pictures))]
+    person = sum(int((mask == 1).sum()) for mask in masks)
+    everything = sum(int((mask != 255).sum()) for mask in masks)
+
+    loss = measure_loss(Constant(0.75), Constant(0.25), config)
+
+    assert loss.before == pytest.approx(person / everything)
+    assert loss.after == 0
+    assert (loss.mean_difference, loss.max_difference) == (0.5, 0.5)
+    assert loss.num_pictures == len(masks)
+    assert f"({-100 * person / everything:+.2f} points)" in str(loss)
+
+
+def test_without_its_data_the_loss_is_measured_on_drawn_people(
+    segtrain: Command,
+    exported_unet: tuple[Path, Path],
+    toy_coco: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("segtrain.export.quality.demo_people_root", lambda: toy_coco)
+
+    finished = lower_precision(segtrain, exported_unet[0], "fp16")
+
+    assert "measured on drawn people" in finished.err
