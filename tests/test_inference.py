@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
+from segtrain.asking import Asking
 from segtrain.config import DataConfig
 from segtrain.data import open_pictures
 from segtrain.data.loading import eval_batches
@@ -22,9 +23,10 @@ from segtrain.errors import UsageError
 from segtrain.images import Pixels
 from segtrain.models import build_model, tiling
 from segtrain.models.batch_norm import evaluation_statistics
-from segtrain.models.inference import Asking, person_probs, person_probs_of_picture
+from segtrain.models.inference import person_probs, person_probs_of_picture
 from segtrain.models.layers import pad_to_multiple
-from segtrain.models.tiling import automatic_side, probs_by_tiles, spans, strips
+from segtrain.models.tiling import probs_by_tiles, strips
+from segtrain.tiles import automatic_side, spans
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,9 +9,9 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 
+from segtrain.asking import Asking
 from segtrain.evaluation.evaluate import evaluate
 from segtrain.evaluation.metrics import ConfusionMatrix, SegmentationMetrics, metrics_from_counts
-from segtrain.models.inference import Asking
 
 
 def confusion_of(preds: Tensor, mask: Tensor) -> ConfusionMatrix:

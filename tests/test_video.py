@@ -32,8 +32,9 @@ from video_cases import (
 
 from segtrain import stopping
 from segtrain.errors import DataError, ResourceError, UsageError
-from segtrain.prediction.video import VideoOutcome, predict_video, target_of
+from segtrain.prediction.video import VideoOutcome, predict_video
 from segtrain.prediction.video.smoothing import TIME_CONSTANT, Smoother
+from segtrain.prediction.video.suffixes import video_suffix_of
 
 GREEN = "#00ff00"
 
@@ -46,7 +47,7 @@ def predict(
     overwrite: bool = False,
     told: list[str] | None = None,
 ) -> Path:
-    target = target_of(source, Path("out"), background)
+    target = Path("out") / (source.stem + video_suffix_of(background))
     tell = ([] if told is None else told).append
     predict_video(
         source,
@@ -411,7 +412,7 @@ def test_a_stopped_run_leaves_what_was_there(number: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(stopping, "_received", [])
     source = Recipe().write(Path("clip.mp4"))
     Path("out").mkdir()
-    target = target_of(source, Path("out"), GREEN)
+    target = Path("out") / (source.stem + video_suffix_of(GREEN))
     target.write_text("precious")
     network = StopsAt(number)
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from segtrain.asking import Asking
 from segtrain.config import BnEval
 from segtrain.cores import usable_cores
 from segtrain.data import Pictures
@@ -20,7 +21,6 @@ from segtrain.evaluation.evaluate import answered_batches
 from segtrain.evaluation.mask_folder import MaskFolder
 from segtrain.evaluation.picture import Probs
 from segtrain.images import Pixels
-from segtrain.models.inference import Asking
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segtrain.asking import Asking
 from segtrain.config import BnEval
 from segtrain.devices import Autocast, prefetched
 from segtrain.evaluation.metrics import ConfusionMatrix
 from segtrain.models.batch_norm import evaluation_statistics
-from segtrain.models.inference import Asking, person_probs
+from segtrain.models.inference import person_probs
 
 Batch = Mapping[str, Any]
 

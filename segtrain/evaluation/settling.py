@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from segtrain.asking import Asking
 from segtrain.checkpoint import Checkpoint, load_checkpoint, restore_model
 from segtrain.config import Config, DataConfig, load_config, tree_from_config
 from segtrain.data import Pictures, describe_roots, named_data_roots, open_pictures
@@ -24,7 +25,6 @@ from segtrain.evaluation.mask_folder import MaskFolder
 from segtrain.evaluation.mean_mask import MeanMask, mean_mask
 from segtrain.evaluation.wishes import Wishes
 from segtrain.models.batch_norm import NUM_TO_RECALIBRATE, recalibrate
-from segtrain.models.inference import Asking
 from segtrain.progress import progress_bar
 from segtrain.runs import find_checkpoint
 

@@ -119,8 +119,7 @@ def _do_videos(
     for job in jobs:
         try:
             predict_video(
-                job.source,
-                job.outputs["video"],
+                *job.clip,
                 network,
                 background=wishes.background,
                 overwrite=wishes.overwrite,

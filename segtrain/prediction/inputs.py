@@ -8,8 +8,8 @@ from pathlib import Path
 
 from segtrain.errors import UsageError
 from segtrain.images import find_images
+from segtrain.prediction.video.suffixes import VIDEO_SUFFIXES
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"})
 STDIN = "-"
 
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 from segtrain.errors import UsageError
 from segtrain.images import IMAGE_SUFFIXES
-from segtrain.prediction.backgrounds import TRANSPARENT
-from segtrain.prediction.inputs import VIDEO_SUFFIXES, Input, find_inputs
+from segtrain.prediction.inputs import Input, find_inputs
 from segtrain.prediction.outputs import OUTPUTS, suffix_of
+from segtrain.prediction.video.suffixes import VIDEO_SUFFIXES, video_suffix_of
 
 STDOUT = Path("-")
 _WRITABLE = (".png", ".jpg", ".jpeg")
@@ -31,6 +31,14 @@ class Job:
     def name(self) -> str:
         """The picture, for people."""
         return "stdin" if self.source is None else str(self.source)
+
+    @property
+    def clip(self) -> tuple[Path, Path]:
+        """Of a video its file and that of its result."""
+        target = self.outputs["video"]
+        assert self.source is not None
+        assert target is not None
+        return self.source, target
 
     @property
     def files(self) -> list[Path]:
@@ -137,8 +145,7 @@ def _is_file_name(output: Path) -> bool:
 def _job(meant: Input, folder: Path, kinds: Sequence[str], background: str) -> Job:
     stem = folder / meant.stem
     if meant.is_video:
-        ending = "_cutout.webm" if background == TRANSPARENT else "_background.mp4"
-        outputs = {"video": stem.with_name(stem.name + ending)}
+        outputs = {"video": stem.with_name(stem.name + video_suffix_of(background))}
     else:
         outputs = {kind: stem.with_name(stem.name + suffix_of(kind, background)) for kind in kinds}
     return Job(meant.path, {**outputs}, meant.is_video)

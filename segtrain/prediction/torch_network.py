@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from segtrain.asking import Asking
 from segtrain.checkpoint import load_checkpoint, restore_model
 from segtrain.devices import (
     autocast_for,
@@ -13,7 +14,7 @@ from segtrain.devices import (
 )
 from segtrain.images import Pixels
 from segtrain.models.batch_norm import evaluation_statistics
-from segtrain.models.inference import Asking, person_probs_of_picture
+from segtrain.models.inference import person_probs_of_picture
 from segtrain.prediction.network import HowToRun, Probability
 
 

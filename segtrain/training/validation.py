@@ -6,12 +6,13 @@ from dataclasses import asdict
 import numpy as np
 from torch import nn
 
+from segtrain.asking import Asking
 from segtrain.data.workers import worker_errors
 from segtrain.errors import DataError
 from segtrain.evaluation.evaluate import evaluate
 from segtrain.images import Pixels
 from segtrain.models.batch_norm import NUM_TO_RECALIBRATE, evaluation_statistics, recalibrate
-from segtrain.models.inference import Asking, person_probs_of_picture
+from segtrain.models.inference import person_probs_of_picture
 from segtrain.pieces import pieces
 from segtrain.progress import progress_bar
 from segtrain.training.network import average_statistics

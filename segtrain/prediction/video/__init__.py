@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segtrain.errors import UsageError
-from segtrain.prediction.video.suffixes import TRANSPARENT, VIDEO_SUFFIXES, target_of
 
 if TYPE_CHECKING:
     from segtrain.prediction.network import Network
-
-__all__ = ["TRANSPARENT", "VIDEO_SUFFIXES", "VideoOutcome", "predict_video", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ def predict_video(
         source: a clip in any format libav reads.
         target: .mp4, or .webm where the background is to be transparent. It is there whole or not
             at all.
-        background: as in `segtrain.prediction.compose.background_maker`, or "transparent".
+        background: as in `segtrain.prediction.backgrounds.background_maker`.
         overwrite: allow a target that exists. The source is never overwritten.
         tell: takes a line for the user about what could not be kept as it was.
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from segtrain.files import atomic_write
 from segtrain.images import Pixels
-from segtrain.prediction.compose import background_maker, make_cutout, put_on_background
+from segtrain.prediction.backgrounds import background_maker
 from segtrain.prediction.network import Network, Probability
-from segtrain.prediction.video import TRANSPARENT, VideoOutcome
+from segtrain.prediction.outputs import Composition, Result
+from segtrain.prediction.video import VideoOutcome
 from segtrain.prediction.video.reading import Clip, Frame, open_clip
 from segtrain.prediction.video.smoothing import Smoother
 from segtrain.prediction.video.writing import writing
@@ -73,11 +74,9 @@ class _Tally:
 
 
 def _compose(background: str) -> _Compose:
-    if background == TRANSPARENT:
-        return make_cutout
     make_background = background_maker(background)
-    return lambda pixels, probability: put_on_background(
-        pixels, probability, make_background(pixels)
+    return lambda pixels, probability: (
+        Composition(Result(image=pixels, probability=probability), make_background).composed
     )
 
 

@@ -1,6 +1,6 @@
 """What counts as a video, and what its result is called. Imports nothing heavy."""
 
-from pathlib import Path
+from segtrain.prediction.backgrounds import TRANSPARENT
 
 VIDEO_SUFFIXES = frozenset(
     {
@@ -8,10 +8,8 @@ VIDEO_SUFFIXES = frozenset(
         *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".ogv", ".mxf"),
     }
 )
-TRANSPARENT = "transparent"
 
 
-def target_of(source: Path, output_dir: Path, background: str) -> Path:
-    """Where the result of a clip goes: clip_background.mp4, or clip_cutout.webm with alpha."""
-    ending = "_cutout.webm" if background == TRANSPARENT else "_background.mp4"
-    return output_dir / (source.stem + ending)
+def video_suffix_of(background: str) -> str:
+    """What is added to the name of a clip without its suffix; .webm is the one with alpha."""
+    return "_cutout.webm" if background == TRANSPARENT else "_background.mp4"
