@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
+from segtrain import tiles
 from segtrain.asking import Asking
 from segtrain.config import DataConfig
 from segtrain.data import open_pictures
@@ -290,7 +291,7 @@ def test_tiles_that_disagree_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> N
     picture[..., 200:] = 255
     assert 0.02 < steepest(picture, 256) < 1.5 / 64 + 1e-3
 
-    monkeypatch.setattr(tiling, "_ramp", lambda side: 1e-6)  # cut hard instead
+    monkeypatch.setattr(tiles, "_ramp", lambda side: 1e-6)  # cut hard instead
     assert steepest(picture, 256) == 1
 
 
