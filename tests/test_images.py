@@ -22,7 +22,9 @@ from segtrain.errors import DataError, ResourceError
 from segtrain.files import atomic_write, write_text
 from segtrain.images import (
     find_images,
+    pixels_in,
     read_image,
+    read_picture,
     read_sized_image,
     resize_short_side,
     write_image,
@@ -212,6 +214,84 @@ def test_of_several_frames_the_first_is_taken(suffix: str, scene: Pixels, tmp_pa
     with Image.open(path) as picture:
         assert getattr(picture, "n_frames", 1) == 2
     assert difference(read_image(path), scene) <= LOSSY
+
+
+@pytest.mark.parametrize(
+    ("suffix", "note"),
+    [
+        ("gif", "is animated; its first frame is taken"),
+        ("webp", "is animated; its first frame is taken"),
+        ("png", "is animated; its first frame is taken"),
+        ("tiff", "has several pages; the first is taken"),
+        ("mpo", None),  # what phones write: a photo and its preview
+    ],
+)
+def test_what_is_left_out_of_a_file_is_noted(
+    suffix: str, note: str | None, scene: Pixels, tmp_path: Path
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(scene).save(path)
+    assert read_picture(path).note is None
+    Image.fromarray(scene).save(path, save_all=True, append_images=[Image.fromarray(255 - scene)])
+    assert read_picture(path).note == note
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_bytes_are_read_like_a_file(suffix: str, scene: Pixels, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(scene).save(path)
+    read = read_picture(Path("stdin"), content=path.read_bytes())
+    assert np.array_equal(read.pixels, read_image(path))
+    with pytest.raises(DataError, match="stdin"):
+        read_picture(Path("stdin"), content=path.read_bytes()[:100])
+
+
+def test_strips_are_put_together_without_a_seam(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ramp of 16 bits whose brightest strip decides on how all are scaled."""
+    ramp = np.arange(40, dtype=np.int32).repeat(60).reshape(40, 60) * 1000
+    path = tmp_path / "a.tiff"
+    Image.fromarray(ramp).save(path)
+    whole = read_image(path)
+    monkeypatch.setattr("segtrain.rgb._PIXELS_AT_ONCE", 7 * 60)
+
+    assert np.array_equal(read_image(path), whole)
+    assert np.abs(whole[..., 0] - ramp / 257).max() <= 1
+
+
+def test_the_size_is_seen_at_a_glance(scene: Pixels, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(scene).save(path)
+    assert pixels_in(path) == HEIGHT * WIDTH
+    path.write_text("no picture")
+    assert pixels_in(path) == pixels_in(tmp_path / "missing.png") == 0
+
+
+READ_AND_MEASURE = """
+import sys
+from pathlib import Path
+from segtrain.images import read_image
+import cv2, numpy, PIL.Image
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+before = peak()
+height, width, _ = read_image(Path(sys.argv[1])).shape
+print(1024 * (peak() - before) / (height * width))
+"""
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "P"])
+def test_decoding_takes_no_copies_of_the_whole(mode: str, tmp_path: Path) -> None:
+    """Bytes a pixel: 3 for the result and at most 4 for Pillow's; once it was up to 20."""
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new(mode, (5000, 4000)).save(path, exif=exif)
+
+    taken = float(run_python(READ_AND_MEASURE, path).stdout)
+
+    assert 3 <= taken < 3 + 4 + 1.5
 
 
 # ---------------------------------------------------------------------------- reading: what is bad
