@@ -1,4 +1,4 @@
-"""What counts as a video, and what its result is called. Imports nothing heavy."""
+"""What counts as a video, and what its result is called."""
 
 from segtrain.prediction.backgrounds import TRANSPARENT
 
