@@ -80,6 +80,8 @@ def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SEGTRAIN_DATA", "SEGTRAIN_CHECKPOINT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SEGTRAIN_CACHE", str(tmp_path / "cache"))
+    # Nor a signal that another one has sent.
+    monkeypatch.setattr("segtrain.stopping._received", [])
     monkeypatch.chdir(tmp_path)
 
 
