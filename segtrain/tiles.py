@@ -37,7 +37,7 @@ def check_side(side: int) -> None:
 def automatic_side(height: int, width: int) -> int | None:
     """None, for whole, up to a megapixel; else 512 pixels.
 
-    A megapixel takes the networks here a few GB in float32, a tile of 512 pixels a quarter of that.
+    A tile takes each network here less than a gigabyte in float32, a megapixel four times as much.
     """
     return None if height * width <= _LARGEST_WHOLE else _AUTOMATIC
 

@@ -55,8 +55,9 @@ def person_probs(
     bits and save nothing, and where batch norm goes by what is looked at. On a GPU it gets the
     whole batch, or as many tiles as make a megapixel.
 
-    Memory beyond the network's own, in bytes a pixel: 8 of each original picture; of the scaled one
-    4 with tiles, 7 for the mirror image, and 24 while another scale is made.
+    Memory for a picture seen by tiles at its own size, beside one batch of tiles: 8 bytes a pixel,
+    for the tiles' blend and the sum of views; 15 with its mirror image; about 60 with other scales,
+    which are made in floats.
 
     Args:
         model: in evaluation mode.
