@@ -5,11 +5,11 @@ import numpy as np
 import numpy.typing as npt
 
 from segtrain.images import Pixels
-from segtrain.prediction.tiles import tiles
+from segtrain.prediction.tiles import Region, tile_at, tiles
 
 Colours = npt.NDArray[np.float32]
 
-# Sides of the boxes of the two passes: section 3 of the paper below.
+# Sides of the boxes of the two passes, pixels: those of the paper below.
 _WIDE, _NARROW = 90, 6
 _REACH = _WIDE // 2 + _NARROW // 2
 # Smaller than the opacity of any one byte, spread over a box.
@@ -29,17 +29,29 @@ def clean_foreground(image: Pixels, alpha: Pixels) -> Pixels:
     Returns:
         H W 3 uint8: the photo's own pixels where alpha is 255, zero where it is 0, F between.
     """
+    size = image.shape[0], image.shape[1]
     foreground = image.copy()
-    for tile in tiles((image.shape[0], image.shape[1]), _REACH):
-        opacity = alpha[tile.inner]
-        if opacity.min() == 255:
-            continue
-        foreground[tile.inner][opacity == 0] = 0
-        soft = (opacity > 0) & (opacity < 255)
-        if soft.any():
-            estimated = blurred_fusion(image[tile.outer], alpha[tile.outer])[tile.core]
-            np.copyto(foreground[tile.inner], estimated, where=soft[..., None])
+    np.copyto(foreground, 0, where=(alpha == 0)[..., None])
+    for tile in tiles(size, reach=0):
+        edge = _soft_region(alpha, tile.inner)
+        if edge is not None:
+            seen = tile_at(edge, size, _REACH)
+            estimated = blurred_fusion(image[seen.outer], alpha[seen.outer])[seen.core]
+            np.copyto(foreground[edge], estimated, where=_is_soft(alpha[edge])[..., None])
     return foreground
+
+
+def _soft_region(alpha: Pixels, within: Region) -> Region | None:
+    """The smallest rows and columns that hold every soft pixel of a tile; None if it has none."""
+    left, top, width, height = cv2.boundingRect(_is_soft(alpha[within]).view(np.uint8))
+    if width == 0:
+        return None
+    top, left = top + within[0].start, left + within[1].start
+    return slice(top, top + height), slice(left, left + width)
+
+
+def _is_soft(alpha: Pixels) -> npt.NDArray[np.bool_]:
+    return (alpha > 0) & (alpha < 255)
 
 
 def blurred_fusion(image: Pixels, alpha: Pixels) -> Pixels:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 Region = tuple[slice, slice]
 
-_SIDE = 512
+# The smaller, the fewer pixels are worked on that are far from any edge; below this, the surplus of
+# what tiles see around themselves is as large as what is saved.
+_SIDE = 256
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,21 @@ class Tile:
 
 def tiles(size: tuple[int, int], reach: int) -> Iterator[Tile]:
     """Cover a picture of this height and width; each tile sees `reach` pixels around itself."""
-    for rows in _sides(size[0], reach):
-        for columns in _sides(size[1], reach):
-            inner, outer, core = zip(rows, columns, strict=True)
-            yield Tile(inner, outer, core)
+    for top in range(0, size[0], _SIDE):
+        for left in range(0, size[1], _SIDE):
+            rows = slice(top, min(top + _SIDE, size[0]))
+            columns = slice(left, min(left + _SIDE, size[1]))
+            yield tile_at((rows, columns), size, reach)
 
 
-def _sides(length: int, reach: int) -> Iterator[tuple[slice, slice, slice]]:
-    for start in range(0, length, _SIDE):
-        stop = min(start + _SIDE, length)
-        outer_start = max(0, start - reach)
-        outer = slice(outer_start, min(length, stop + reach))
-        yield slice(start, stop), outer, slice(start - outer_start, stop - outer_start)
+def tile_at(inner: Region, size: tuple[int, int], reach: int) -> Tile:
+    """The tile with these rows and columns of a picture of this height and width."""
+    outer = [
+        slice(max(0, side.start - reach), min(length, side.stop + reach))
+        for side, length in zip(inner, size, strict=True)
+    ]
+    core = [
+        slice(side.start - around.start, side.stop - around.start)
+        for side, around in zip(inner, outer, strict=True)
+    ]
+    return Tile(inner, (outer[0], outer[1]), (core[0], core[1]))
