@@ -110,7 +110,7 @@ def test_opacity_is_above_one_half_exactly_on_the_mask() -> None:
 
 
 def test_opacity_of_a_picture_does_not_show_its_tiles() -> None:
-    # 1100 x 1100 has nine tiles; shifted by 300 the same scene is cut elsewhere.
+    # 1100 x 1100 has many tiles; shifted by 300 the same scene is cut elsewhere.
     scene = cv2.GaussianBlur(RNG.random((1400, 1400), dtype=np.float32), (0, 0), 25)
     scene = np.asarray((scene - scene.mean()) / scene.std() * 0.3 + 0.5, dtype=np.float32).clip(
         0, 1
@@ -270,7 +270,7 @@ def test_an_overlay_tints_and_outlines_the_person_and_leaves_the_rest() -> None:
     assert np.abs(overlay[400, 500] - expected).max() <= 0.51
     # 900 / 400 pixels wide, on the outermost pixels of the person.
     assert (overlay[200, 300:700] == OUTLINE_COLOUR).all()
-    assert (overlay == OUTLINE_COLOUR).all(axis=2).sum() == pytest.approx(2 * 1600, rel=0.7)
+    assert 1.5 * 1600 < (overlay == OUTLINE_COLOUR).all(axis=2).sum() < 4 * 1600
 
 
 def test_checks_are_square_and_alternate() -> None:
