@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,9 @@ def test_several_tracks_of_sound_and_none(tracks: int) -> None:
     assert [s["packets"] for s in after.sounds] == [s["packets"] for s in before.sounds]
 
 
-@pytest.mark.parametrize(("suffix", "codec"), [(".mov", "pcm_s16le"), (".avi", "mp2")])
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [(".mov", "pcm_s16le"), (".avi", "pcm_s16le"), (".avi", "mp2")]
+)
 def test_sound_that_mp4_does_not_take_is_encoded_and_told(suffix: str, codec: str) -> None:
     source = Recipe(codec="mpeg4", options={}, ticks=1 / RATE, sounds=(codec,)).write(
         Path("clip" + suffix)
@@ -176,9 +179,33 @@ def test_sound_that_mp4_does_not_take_is_encoded_and_told(suffix: str, codec: st
     assert f"sound is encoded anew, {codec} to aac" in told[0]
     wave = sound["samples"][0, 4096 : 4096 + 32_768]
     assert np.abs(np.fft.rfft(wave)).argmax() * 48_000 / 32_768 == pytest.approx(440, abs=2)
-    # In step with the pictures: each sample is where it was.
+    # In step with the pictures: each sample is where it was, to the last.
     before = original["samples"].reshape(-1, 2).T if codec == "pcm_s16le" else original["samples"]
+    assert sound["samples"].shape[1] >= before.shape[1]
     assert np.abs(wave - before[0, 4096 : 4096 + 32_768] / 32_768).mean() < 0.02
+
+
+def test_sound_of_packets_with_coarse_times_is_encoded_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from segtrain.prediction.video.writing import KINDS
+
+    # MP3 in AVI has ticks of a packet, longer than AAC's; as it is copied, nothing else shows it.
+    monkeypatch.setitem(KINDS, ".mp4", replace(KINDS[".mp4"], copied=frozenset()))
+    recipe = Recipe(codec="mpeg4", options={}, ticks=1 / RATE, sounds=("libmp3lame",))
+    before, after = converted(recipe, ".avi")
+
+    assert after.sounds[0]["codec"] == "aac"
+    num_samples = before.sounds[0]["samples"].shape[1]
+    assert after.sounds[0]["samples"].shape[1] == pytest.approx(num_samples, abs=1500)
+
+
+def test_a_recording_that_starts_late_starts_at_zero() -> None:
+    late = range(128_000, 141_000, 512)
+    _, after = converted(Recipe(times=late, sounds=()), ".mkv")
+
+    assert after.times[0] == 0
+    assert len(after.frames) == 25
 
 
 def test_other_streams_are_left_out_and_told() -> None:
@@ -515,9 +542,10 @@ def test_sound_alone_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"hello", b"\0" * 5000, b"#EXTM3U\n#EXTINF:1,\nother.ts\n#EXT-X-ENDLIST\n"]
+    "content", [b"", b"hello", b"\0" * 5000, b"ffconcat version 1.0\nfile other.mp4\n"]
 )
 def test_what_is_no_video_is_refused(content: bytes) -> None:
+    Recipe(num_frames=3).write(Path("other.mp4"))
     Path("clip.mp4").write_bytes(content)
 
     assert_refused(Path("clip.mp4"), r"cannot read clip\.mp4")

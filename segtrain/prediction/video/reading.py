@@ -142,8 +142,9 @@ class Clip:
     def _check_end(self) -> None:
         if self._container.duration is None:
             return
-        start = (self._container.start_time or 0) / av.time_base
-        stated, found = self._container.duration / av.time_base, self._end - start
+        # Counted from 0 and not from the start, as Matroska does: where others do not, a clip that
+        # starts late may be cut by as much unnoticed, which is better than refusing a whole one.
+        stated, found = self._container.duration / av.time_base, self._end
         if found < stated - _TOLERANCE:
             raise DataError(
                 f"{self._path} was cut short: it ends after {found:.1f} of {stated:.1f} seconds; "
