@@ -1,4 +1,4 @@
-"""Networks to export: random weights, and statistics of batch norm that matter."""
+"""Networks to export: random weights, and statistics of batch norm that fit them."""
 
 from pathlib import Path
 
@@ -7,15 +7,16 @@ import torch
 from torch import nn
 
 from segtrain.checkpoint import Checkpoint, load_checkpoint, restore_model, save_checkpoint
-from segtrain.config import load_config
+from segtrain.config import BnEval, load_config
+from segtrain.devices import autocast_for
 from segtrain.images import Pixels
 from segtrain.models import build_model
-from segtrain.models.batch_norm import evaluation_statistics
+from segtrain.models.batch_norm import evaluation_statistics, recalibrate
 
-# An FC-DenseNet of three levels, evaluated as the paper does.
+# An FC-DenseNet of two levels, evaluated as the paper does.
 TIRAMISU = (
     *("model.name=fc_densenet56", "model.growth_rate=3", "model.stem_channels=5"),
-    *("model.down_blocks=[2,2]", "model.bottleneck=2", "model.up_blocks=[2,2]"),
+    *("model.down_blocks=[2]", "model.bottleneck=2", "model.up_blocks=[2]"),
     "train.bn_eval=batch",
 )
 
@@ -27,15 +28,29 @@ def write_checkpoint(path: Path, *sets: str) -> Path:
     model = build_model(config.model.name, 2, **config.model.kwargs)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -1, 1)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
+    _settle(model, config.train.bn_eval)
     weights = model.state_dict()
     save_checkpoint(
         path, Checkpoint(config=config, weights=weights, epoch=1, global_step=1, metrics={})
     )
     return path
+
+
+@torch.no_grad()
+def _settle(model: nn.Module, bn_eval: BnEval) -> None:
+    """Measure batch norm's statistics and make the logits a few units large, as training does.
+
+    By other statistics logits become hundreds large, and float32 itself is off by thousandths.
+    """
+    images = torch.from_numpy(random_images(4, 64, 64)).permute(0, 3, 1, 2)
+    cpu = torch.device("cpu")
+    recalibrate(model, [{"image": images}], device=cpu, autocast=autocast_for("fp32", cpu))
+    with evaluation_statistics(model, bn_eval):
+        scale = 2 / model(images[:1]).std()
+    for weight in model.head.parameters():
+        weight *= scale
 
 
 def random_images(number: int, height: int, width: int) -> Pixels:

@@ -62,6 +62,10 @@ def test_pictures_of_a_batch_are_normalised_as_if_each_came_alone(
     finished = segtrain("export", "--checkpoint", checkpoint)
 
     assert finished.code == 0, finished.err
+    assert finished.out.startswith("tiramisu.onnx: 0.")
+    assert "on five sizes:" in finished.err
+    assert "any N, H and W" in finished.err
+    assert "WARNING" not in finished.err
     for shape in SIZES:
         images = random_images(*shape)
         expected = torch_probs(checkpoint, images)
@@ -133,28 +137,14 @@ def test_the_file_says_what_it_is(exported_unet: tuple[Path, Path]) -> None:
     assert said["segtrain.checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("format_name", ["onnx", "torch"])
-def test_the_file_names_no_folder_of_this_machine(
-    segtrain: Command, exported_unet: tuple[Path, Path], format_name: str
-) -> None:
-    path = exported_unet[1]
-    if format_name == "torch":
-        segtrain("export", "--checkpoint", exported_unet[0], "--format", "torch")
-        path = Path("unet.pt2")
-
+def assert_names_no_folder_of_this_machine(path: Path) -> None:
     content = path.read_bytes()
-
     for folder in (Path(torch.__file__).parent, Path(command.__file__).parent, Path.home()):
-        assert str(folder).encode() + b"/" not in content
+        assert f"{folder}/".encode() not in content
 
 
-def test_what_is_printed(segtrain: Command, exported_unet: tuple[Path, Path]) -> None:
-    finished = segtrain("export", "--checkpoint", exported_unet[0])
-
-    assert finished.out.startswith("unet.onnx: 0.")
-    assert "on five sizes:" in finished.err
-    assert "any N, H and W" in finished.err
-    assert "WARNING" not in finished.err
+def test_the_file_names_no_folder_of_this_machine(exported_unet: tuple[Path, Path]) -> None:
+    assert_names_no_folder_of_this_machine(exported_unet[1])
 
 
 def tampered(content: bytes) -> bytes:
@@ -259,6 +249,7 @@ def test_a_torch_program_equals_torch_at_every_size(
     program = torch.export.load("unet.pt2", extra_files=extra)
 
     network = program.module(check_guards=False)
+    assert_names_no_folder_of_this_machine(Path("unet.pt2"))
     assert json.loads(extra["segtrain.json"])["short_side"] == 64
     for shape in SIZES + TINY:
         images = random_images(*shape)
@@ -312,22 +303,16 @@ def test_what_a_lower_precision_loses_is_told(
     assert "points) on" in line
     assert f"data to measure on: {toy_coco}" in finished.err
     path = Path(f"toy-{precision}.onnx")
-    said = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    model = onnx.load(path)
+    said = {entry.key: entry.value for entry in model.metadata_props}
     assert said["segtrain.precision"] == precision
+    weights = [one for one in model.graph.initializer if len(one.dims) == 4 and one.dims[0] > 1]
+    kinds = {weight.data_type for weight in weights}
+    assert kinds == {getattr(onnx.TensorProto, {"fp16": "FLOAT16", "int8": "INT8"}[precision])}
     images = random_images(2, 65, 97)
     expected = torch_probs(trained_run / "checkpoints" / "best.pt", images)
     difference = np.abs(run_onnx(path, images) - expected)
     assert 0 < difference.mean() < {"fp16": 2e-3, "int8": 0.1}[precision]
-
-
-def test_the_numbers_of_a_lower_precision_are_smaller(segtrain: Command, trained_run: Path) -> None:
-    lower_precision(segtrain, trained_run, "fp16")
-
-    model = onnx.load("toy-fp16.onnx")
-
-    kinds = {weight.data_type for weight in model.graph.initializer if len(weight.dims) == 4}
-    assert onnx.TensorProto.FLOAT16 in kinds
-    assert onnx.TensorProto.FLOAT not in kinds
 
 
 def test_the_loss_is_that_of_the_answers(toy_coco: Path) -> None:
