@@ -102,7 +102,7 @@ def test_eval_finds_the_number_of_the_training_again(
     assert numbers["data"] == [str(toy_coco)]
     assert numbers["num_images"] == 4
     for key in ("person_iou", "mean_iou", "dice", "pixel_accuracy"):
-        assert numbers[key] == pytest.approx(best.metrics[f"val/{key}"], abs=1e-6)
+        assert numbers["figures"][key] == pytest.approx(best.metrics[f"val/{key}"], abs=1e-6)
 
 
 def test_eval_shows_people_a_table_with_the_trivial_answers(
@@ -111,7 +111,7 @@ def test_eval_shows_people_a_table_with_the_trivial_answers(
     finished = segtrain("eval", "--checkpoint", trained_run, "--split", "train")
 
     assert finished.code == 0
-    for words in ("person IoU", "mean IoU", "Dice", "pixel accuracy", "all person"):
+    for words in ("person IoU", "mean IoU", "Dice", "pixel accuracy", "background"):
         assert words in finished.out
 
 

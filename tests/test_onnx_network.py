@@ -76,7 +76,7 @@ def test_several_scales_differ_by_the_rounding_to_bytes(exported_unet: tuple[Pat
     [expected] = TorchNetwork(checkpoint, how).probs([image])
     [found] = OnnxNetwork(path, how).probs([image])
 
-    assert np.abs(found - expected).max() < 0.01
+    assert np.abs(found - expected).max() < 0.02
     assert np.abs(found - expected).mean() < 1e-3
 
 
