@@ -312,7 +312,8 @@ def predict(
         records=jsonl,
         overwrite=overwrite,
     )
-    _say_loading()
+    if checkpoint is None or checkpoint.suffix != ".onnx":
+        _say_loading()
     from segtrain.prediction import command
     from segtrain.prediction.network import HowToRun
 
