@@ -8,6 +8,7 @@ from rich.table import Table
 from segtrain.evaluation.bootstrap import Comparison, Interval
 from segtrain.evaluation.judgement import Judgement, SliceFigures
 from segtrain.evaluation.metrics import EMPTY_RULE
+from segtrain.evaluation.report.words import verdict
 
 LABELS = {
     "person_iou": "person IoU (global)",
@@ -108,16 +109,6 @@ def comparison_table(comparison: Comparison) -> Table:
             f"{100 * difference.low:+.2f} to {100 * difference.high:+.2f}",
         )
     return table
-
-
-def verdict(comparison: Comparison) -> str:
-    """Whether this one is better, in a sentence."""
-    difference = comparison.differences["person_iou"]
-    points = f"{100 * abs(difference.value):.1f} ± {100 * difference.half_width:.1f} points"
-    if difference.low <= 0 <= difference.high:
-        return f"person IoU: no difference that these images could tell ({points})"
-    way = "better" if difference.value > 0 else "worse"
-    return f"person IoU: this one is {way} by {points}"
 
 
 def batch_norm_table(judgements: Mapping[str, Judgement]) -> Table:
