@@ -54,6 +54,7 @@ def test_onnx_equals_torch_at_every_size(
     np.testing.assert_allclose(run_onnx(path, images), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pictures_of_a_batch_are_normalised_as_if_each_came_alone(
     segtrain: Command, tmp_path: Path
 ) -> None:

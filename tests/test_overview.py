@@ -68,6 +68,7 @@ def macs_of_fc_densenet103(size: int) -> int:
     return total + (channels + new) * 2 * pixels[0]
 
 
+@pytest.mark.slow
 def test_the_papers_networks() -> None:
     cost = cost_of("tiramisu")
     assert cost.multiply_adds == macs_of_fc_densenet103(224)
@@ -76,6 +77,7 @@ def test_the_papers_networks() -> None:
     assert cost.kept_bytes < 200e6 < cost.plain_kept_bytes
 
 
+@pytest.mark.slow
 def test_every_network_is_in_the_table(segtrain: Command) -> None:
     rows = json.loads(segtrain("models", "--json").out)
     names = [row["name"] for row in rows]
