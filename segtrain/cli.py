@@ -195,7 +195,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Judge a network, or any tool's masks, on labelled images at their original resolution."""
-    from segtrain.evaluation.wishes import Outputs, Wishes
+    from segtrain.evaluation.wishes import Outputs, Wishes, refuse_torchrun
     from segtrain.runs import is_first_process
 
     wishes = Wishes(
@@ -218,6 +218,7 @@ def evaluate(
     outputs = Outputs(report=report, label_check=label_check, overwrite=overwrite)
     if bn == "all":
         outputs.refuse_any("--bn all")
+        refuse_torchrun("--bn all")
     if is_first_process():
         outputs.refuse_existing()
     _say_loading()

@@ -1,4 +1,4 @@
-"""The processes of one training, as torchrun starts them, and what they tell each other.
+"""The processes of one job, as torchrun starts them, and what they tell each other.
 
 One process alone is a world of one: everything here then does nothing.
 """
@@ -132,8 +132,8 @@ def _lost_connections() -> Iterator[None]:
         if not isinstance(error, classes) and "gloo" not in str(error).lower():
             raise
         raise ResourceError(
-            "another process of the job died or hangs; the same command with --resume auto "
-            "continues"
+            "another process of the job died or hangs; training continues by the same command with "
+            "--resume auto"
         ) from error
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchmetrics.classification as tm
 from conftest import TOY_TRAINING, Command
+from PIL import Image
 
 from segtrain.checkpoint import load_checkpoint, restore_model
 from segtrain.config import DataConfig
@@ -104,10 +105,17 @@ def test_the_same_judgement_has_the_same_bytes(segtrain: Command, trained_run: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["network", "masks", "one picture"])
 def test_two_processes_find_what_one_finds(
-    segtrain: Command, trained_run: Path, tmp_path: Path
+    segtrain: Command, trained_run: Path, toy_coco: Path, tmp_path: Path, how: str
 ) -> None:
-    arguments = ["eval", "--json", "--checkpoint", str(trained_run), "--workers", "0"]
+    arguments = ["eval", "--json", "--workers", "0"]
+    if how == "masks":
+        write_masks(tmp_path / "masks", toy_coco, trained_run, "classes")
+        arguments += ["--predictions", str(tmp_path / "masks"), "--data", str(toy_coco)]
+    else:
+        arguments += ["--checkpoint", str(trained_run)]
+        arguments += ["--limit", "1"] if how == "one picture" else []
     one = segtrain(*arguments).out
     done = subprocess.run(
         [
@@ -202,6 +210,39 @@ def test_compare_refuses_what_eval_has_not_written(
     assert "x.json" in done.error_lines[0]
 
 
+def test_compare_takes_names_that_are_no_text(segtrain: Command, trained_run: Path) -> None:
+    document = judged(segtrain, "--checkpoint", trained_run)
+    document["images"]["image_id"][0] = "\udc80"
+    Path("x.json").write_text(json.dumps(document))
+    assert judged(segtrain, "--checkpoint", trained_run, "--compare", "x.json")["comparison"]
+
+
+@pytest.mark.parametrize("option", [("--label-check",), ("--bn", "all")], ids=" ".join)
+def test_what_needs_all_pictures_at_once_goes_without_torchrun(
+    segtrain: Command, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = segtrain("eval", *option)
+    assert done.code == 2
+    assert "without torchrun" in done.error_lines[0]
+
+
+def test_the_page_is_written_also_where_nobody_reads_the_figures(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    """As in `segtrain eval --json --report out | head -c 10`."""
+    command = [sys.executable, "-m", "segtrain", "eval", "--json", "--report", "out"]
+    with subprocess.Popen(
+        [*command, "--checkpoint", str(trained_run), "--workers", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
 def test_compare_refuses_columns_of_other_lengths(segtrain: Command, trained_run: Path) -> None:
     document = judged(segtrain, "--checkpoint", trained_run)
     document["images"]["size"].pop()
@@ -287,10 +328,26 @@ def test_soft_masks_are_probabilities(
     ] == pytest.approx(1)
 
 
+def test_a_soft_mask_that_hardly_sees_anything_is_no_mask_of_classes(
+    segtrain: Command, toy_coco: Path, tmp_path: Path
+) -> None:
+    """Others tell what 1 means: here a 255th."""
+    (tmp_path / "masks").mkdir()
+    pictures = validation(toy_coco)
+    for index in range(len(pictures)):
+        mask = pictures.sample(index).mask
+        soft = np.full_like(mask, 1) if index == 0 else np.where(mask == 1, 255, 0)
+        cv2.imwrite(str(tmp_path / "masks" / f"{pictures.stem(index)}.png"), soft.astype(np.uint8))
+    found = judged(segtrain, "--predictions", tmp_path / "masks", "--data", toy_coco)["images"]
+    (_, fp), (_, tp) = found["confusion"][0]
+    assert (fp, tp) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
         ("missing", "has no mask for 1 of"),
+        ("32 bits", "neither of 8 nor of 16 bits"),
         ("small", "has 10x10 pixels"),
         ("damaged", "cannot decode"),
         ("twice", "are both masks of"),
@@ -306,6 +363,9 @@ def test_masks_that_cannot_be_judged_are_named(
         first.unlink()
     elif fault == "small":
         cv2.imwrite(str(first), np.zeros((10, 10), np.uint8))
+    elif fault == "32 bits":
+        first.unlink()
+        Image.fromarray(np.full((10, 10), 100_000, np.int32)).save(first.with_suffix(".tif"))
     elif fault == "damaged":
         first.write_bytes(first.read_bytes()[:60])
     else:
@@ -327,6 +387,7 @@ def test_masks_that_cannot_be_judged_are_named(
         ("--threshold", "1.5"),
         ("--limit", "0"),
         ("--tta", "rotate"),
+        ("--tile", "33"),
         ("--compare", "nowhere.json"),
         ("--predictions", ".", "--tta", "flip"),
         ("--predictions", ".", "--size", "64"),

@@ -25,8 +25,9 @@ from selenium.webdriver.support.select import Select
 from segtrain.evaluation.bootstrap import compare
 from segtrain.evaluation.figures import image_ious
 from segtrain.evaluation.judgement import Judgement
-from segtrain.evaluation.report import Gallery, write_report
 from segtrain.evaluation.report.folder import picture_path
+from segtrain.evaluation.report.gallery import Gallery
+from segtrain.evaluation.report.page import write_report
 from segtrain.images import Pixels
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -14,9 +14,10 @@ from report_cases import DrawnSource, drawn_judgement, shape_of
 
 from segtrain.errors import UsageError
 from segtrain.evaluation.picture import Probs
-from segtrain.evaluation.report import Gallery, write_report
 from segtrain.evaluation.report.folder import Kind, picture_path, refuse_existing
+from segtrain.evaluation.report.gallery import Gallery
 from segtrain.evaluation.report.layers import INVENTED, MISSED
+from segtrain.evaluation.report.page import write_report
 from segtrain.images import Pixels
 
 KINDS: tuple[Kind, ...] = ("photo", "thumb", "truth", "prediction", "errors")

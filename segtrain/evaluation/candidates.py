@@ -108,8 +108,9 @@ class MasksCandidate:
         Raises:
             DataError: a mask is missing, damaged or of another size than its picture.
         """
-        self._refuse_missing(pictures)
-        workers = usable_cores()
+        stems = [pictures.stem(index) for index in range(len(pictures))]
+        self._refuse_missing(stems)
+        classes, workers = self.folder.holds_classes(stems), usable_cores()
 
         def answer(index: int) -> Answer | str:
             try:
@@ -117,7 +118,7 @@ class MasksCandidate:
             except DataError as error:
                 return str(error)
             size = (mask.shape[0], mask.shape[1])
-            return Answer(index, self.folder.probs(pictures.stem(index), size), mask)
+            return Answer(index, self.folder.probs(stems[index], size, classes=classes), mask)
 
         with ThreadPoolExecutor(workers) as pool:
             mine = range(len(pictures))[world.rank :: world.size]
@@ -131,10 +132,10 @@ class MasksCandidate:
                     )
                 yield [one for one in found if isinstance(one, Answer)]
 
-    def _refuse_missing(self, pictures: Pictures) -> None:
-        missing = self.folder.missing([pictures.stem(index) for index in range(len(pictures))])
+    def _refuse_missing(self, stems: list[str]) -> None:
+        missing = self.folder.missing(stems)
         if missing:
             raise DataError(
-                f"{self.folder.folder} has no mask for {len(missing)} of {len(pictures)} pictures, "
+                f"{self.folder.folder} has no mask for {len(missing)} of {len(stems)} pictures, "
                 f"first {', '.join(missing[:3])}; masks go by the pictures' names"
             )

@@ -14,7 +14,8 @@ from segtrain.evaluation.document import as_document
 from segtrain.evaluation.judge import judge
 from segtrain.evaluation.judgement import Judgement
 from segtrain.evaluation.labels.check import LabelCheck, summary_lines
-from segtrain.evaluation.report import Gallery, write_report
+from segtrain.evaluation.report.gallery import Gallery
+from segtrain.evaluation.report.page import write_report
 from segtrain.evaluation.table import batch_norm_table, judgement_tables
 from segtrain.evaluation.wishes import Outputs, Wishes
 
@@ -44,16 +45,17 @@ def evaluate(wishes: Wishes, outputs: Outputs, *, as_json: bool, tell: Tell) -> 
     judgement = judge(wishes, tell=tell, onlookers=onlookers)
     if judgement is None:
         return
-    if as_json:
-        print(json.dumps(as_document(judgement)))
-    else:
-        Console().print(judgement_tables(judgement))
+    # What is written comes before what is printed: whoever reads that may have gone away.
     if outputs.report:
         tell(f"report: {write_report(outputs.report, judgement)}")
     for label_check in label_checks:
         result = label_check.write(outputs.label_folder, overwrite=outputs.overwrite)
         for line in summary_lines(result):
             tell(line)
+    if as_json:
+        print(json.dumps(as_document(judgement)))
+    else:
+        Console().print(judgement_tables(judgement))
 
 
 def compare_batch_norms(wishes: Wishes, *, as_json: bool, tell: Tell) -> None:

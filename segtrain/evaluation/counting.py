@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -50,13 +51,13 @@ class Counted:
         if self.mean_mask is None:
             return None
         records = self.totals.records.copy()
-        for record in records:
-            record["confusion"] = self.mean_mask[int(record["index"])]
+        found = [self.mean_mask[index] for index in records["index"].tolist()]
+        records["confusion"] = np.reshape(found, records["confusion"].shape)
         return records
 
 
 class Counting:
-    """Takes answers a few at a time and works on all cores."""
+    """Takes answers a few at a time and works on all cores; a context, which ends its threads."""
 
     def __init__(
         self,
@@ -71,6 +72,12 @@ class Counting:
         self._threshold, self._mean, self._onlookers = threshold, mean_mask, onlookers
         self._mean_confusions: dict[int, Counts] = {}
         self._pool = ThreadPoolExecutor(usable_cores())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Count each of them."""

@@ -3,6 +3,7 @@
 The schema is docs/eval.schema.json; its names are those of metrics.jsonl without `val/`.
 """
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -153,7 +154,8 @@ def read_records(path: Path) -> Records:
         DataError: it is no such file, or another version's.
     """
     try:
-        document = _adapter().validate_json(path.read_bytes())
+        # Not by pydantic, which takes no name of a file that is no text; Python's own writes it.
+        document = _adapter().validate_python(json.loads(path.read_bytes()))
         return records_from_lists(document["images"])
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; eval --json writes one") from None

@@ -5,8 +5,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from segtrain.data import Pictures
+from segtrain.data.sample import tolerated
 from segtrain.devices import resolve_device
 from segtrain.distributed import World, joined
+from segtrain.errors import DataError
 from segtrain.evaluation.bootstrap import compare
 from segtrain.evaluation.counting import Counted, Counting, Onlooker
 from segtrain.evaluation.document import read_records
@@ -53,33 +55,38 @@ def judge(
         mine = _count(settled, world, list(onlookers(settled.pictures)))
         counted = Counted.merged(world.gathered(mine))
         damaged = set().union(*world.gathered(settled.candidate.damaged))
+        if len(damaged) > tolerated(len(settled.pictures)):  # no process alone has seen so many
+            raise DataError(
+                f"{len(damaged)} of {len(settled.pictures)} pictures cannot be used, first: "
+                f"{min(damaged)}"
+            )
     if not world.is_first:
         return None
     if damaged:
         tell(f"warning: {len(damaged)} pictures left out, first: {min(damaged)}")
     records = counted.totals.records
-    judgement = judgement_of(
+    return judgement_of(
         counted.totals,
         subject=settled.subject,
         manner=settled.manner,
         exam=replace(settled.exam, num_damaged=len(damaged)),
         image_ids=[settled.pictures.stem(index) for index in records["index"].tolist()],
         mean_mask=counted.mean_mask_records(),
+        comparison=None if other is None else compare(other, records),
     )
-    if other is None:
-        return judgement
-    return replace(judgement, comparison=compare(other, records))
 
 
 def _count(settled: Settled, world: World, onlookers: Sequence[Onlooker]) -> Counted:
-    counting = Counting(
-        settled.pictures,
-        threshold=settled.manner.threshold,
-        mean_mask=settled.mean_mask,
-        onlookers=onlookers,
-    )
     total = len(settled.pictures) // world.size
-    with progress_bar(total=total, desc="evaluating") as bar:
+    with (
+        Counting(
+            settled.pictures,
+            threshold=settled.manner.threshold,
+            mean_mask=settled.mean_mask,
+            onlookers=onlookers,
+        ) as counting,
+        progress_bar(total=total, desc="evaluating") as bar,
+    ):
         for answers in settled.candidate.answers(settled.pictures, world):
             counting.add(answers)
             bar.update(len(answers))

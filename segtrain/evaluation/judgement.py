@@ -11,7 +11,7 @@ from segtrain.evaluation.bootstrap import Comparison, Interval, intervals
 from segtrain.evaluation.curves import Curves, curves_of
 from segtrain.evaluation.figures import CONFUSION_FIGURES, as_if_all
 from segtrain.evaluation.records import Records
-from segtrain.evaluation.slices import slices_of
+from segtrain.evaluation.slices import Members, slices_of
 from segtrain.evaluation.totals import Totals
 
 Figures = dict[str, Interval]
@@ -70,12 +70,17 @@ class Exam:
 
 @dataclass(frozen=True, kw_only=True)
 class SliceFigures:
-    """The figures of some of the pictures, `segtrain.evaluation.slices.Slice`."""
+    """The figures of some of the pictures; group, name and members as those of a `Slice`."""
 
     group: str
     name: str
-    num_images: int
+    members: Members
     figures: Figures
+
+    @property
+    def num_images(self) -> int:
+        """How many these are."""
+        return int(self.members.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +112,14 @@ class Judgement:
     def num_images(self) -> int:
         """Pictures that were judged."""
         return len(self.totals.records)
+
+    @property
+    def slice_groups(self) -> dict[str, list[SliceFigures]]:
+        """Group → its parts."""
+        groups: dict[str, list[SliceFigures]] = {}
+        for part in self.slices:
+            groups.setdefault(part.group, []).append(part)
+        return groups
 
 
 def judgement_of(
@@ -144,7 +157,7 @@ def judgement_of(
             SliceFigures(
                 group=part.group,
                 name=part.name,
-                num_images=int(part.members.sum()),
+                members=part.members,
                 figures=intervals(records[part.members]),
             )
             for part in slices_of(records, [root.name for root in exam.data])

@@ -1,5 +1,6 @@
 """Masks that any other tool wrote, found by the names of the pictures and read as probabilities."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,24 @@ class MaskFolder:
         """Those of the pictures' names that have no mask."""
         return [stem for stem in stems if stem not in self._paths]
 
-    def probs(self, stem: str, size: tuple[int, int]) -> Probs:
+    def holds_classes(self, stems: Iterable[str]) -> bool:
+        """Whether the masks of these pictures hold the classes 0 and 1, for none has a level above.
+
+        One mask alone cannot tell: a soft one in which hardly anything is seen may end at 1, too.
+
+        Raises:
+            DataError: a mask is damaged, or there are two of one name.
+        """
+        return all(read_levels(self._only(stem))[0].max() <= 1 for stem in stems)
+
+    def probs(self, stem: str, size: tuple[int, int], *, classes: bool) -> Probs:
         """What the mask of one picture says.
 
         Args:
             stem: the picture's name in its split, with plain slashes and without suffix; the mask's
                 may end in `_mask` besides.
             size: height and width that it must have.
+            classes: as `holds_classes` found.
 
         Returns:
             H W float32 in 0..1.
@@ -54,13 +66,13 @@ class MaskFolder:
             DataError: the mask is damaged, of another size, or there are two of that name.
         """
         path = self._only(stem)
-        probs = read_probs(path)
-        if probs.shape != size:
+        levels, white = read_levels(path)
+        if levels.shape != size:
             raise DataError(
-                f"{path} has {probs.shape[1]}x{probs.shape[0]} pixels, its picture "
+                f"{path} has {levels.shape[1]}x{levels.shape[0]} pixels, its picture "
                 f"{size[1]}x{size[0]}; masks are judged at the pictures' own size"
             )
-        return probs
+        return levels / np.float32(1 if classes else white)
 
     def _only(self, stem: str) -> Path:
         paths = self._paths[stem]
@@ -71,27 +83,28 @@ class MaskFolder:
         return paths[0]
 
 
-def read_probs(path: Path) -> Probs:
-    """The probability of person that a picture file stands for: H W float32 in 0..1.
+def read_levels(path: Path) -> tuple[Probs, int]:
+    """A cut-out's alpha channel, else gray: H W float32 of whole numbers, and which one is white.
 
-    A cut-out's alpha channel; else gray, from black to white; or, where no value is above 1, the
-    classes 0 and 1. Gray with an alpha channel that hides nothing is gray.
+    Gray with an alpha channel that hides nothing is gray. Of a palette, whatever is not the first
+    colour is white.
 
     Raises:
         DataError: the file is missing, no picture, damaged or too large.
     """
     with decoding(path), Image.open(path, formats=FORMATS) as picture:
         picture.load()
-        levels, white = _levels(picture)
-    return levels / np.float32(1 if levels.max() <= 1 else white)
+        return _levels(picture)
 
 
 def _levels(picture: Image.Image) -> tuple[Probs, int]:
-    """H W float32 of whole numbers, and which of them is white."""
     if picture.mode == "F":
         raise ValueError("its values are neither of 8 nor of 16 bits")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
-        return np.asarray(picture, dtype=np.float32), 65535
+        levels = np.asarray(picture, dtype=np.float32)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("its values are neither of 8 nor of 16 bits")
+        return levels, 65535
     if picture.has_transparency_data:
         rgba = np.asarray(picture.convert("RGBA"))
         is_gray = (rgba[..., :3].max(axis=2) == rgba[..., :3].min(axis=2)).all()

@@ -10,10 +10,6 @@ from segtrain.evaluation.figures import CONFUSION_FIGURES, Sums, figures_of
 
 _SUMS = ("tn", "fp", "fn", "tp")
 
-EMPTY_RULE = (
-    "pixels marked ignore are left out; a class that is neither there nor predicted has IoU 1"
-)
-
 
 class ConfusionMatrix:
     """Integer counts of (truth, prediction) pairs, kept on the device and read once at the end.

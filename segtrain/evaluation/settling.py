@@ -72,7 +72,7 @@ def _settle_network(wishes: Wishes, device: torch.device, world: World, tell: Te
     model = restore_model(loaded, path)
     move_model(model, device)
     tell(f"checkpoint: {path} ({chosen_by}), device: {describe_device(device)}")
-    roots, data_chosen_by = _trained_on(wishes, loaded)
+    roots, data_chosen_by = _roots_to_judge(wishes, loaded)
     config = _with_selection(loaded.config, roots, wishes.sets)
     pictures = _open(wishes, config, roots, data_chosen_by, world, tell)
     num_trained_on = _num_trained_on(loaded, pictures)
@@ -95,7 +95,7 @@ def _settle_network(wishes: Wishes, device: torch.device, world: World, tell: Te
         manner=manner,
         exam=_exam(wishes, roots, pictures, num_trained_on),
         pictures=pictures,
-        mean_mask=_mean_mask(config, tell),
+        mean_mask=_mean_mask(config, world, tell),
     )
 
 
@@ -114,7 +114,7 @@ def _settle_masks(wishes: Wishes, path: Path, world: World, tell: Tell) -> Settl
         manner=Manner(threshold=wishes.threshold, limit=wishes.limit),
         exam=_exam(wishes, roots, pictures, 0),
         pictures=pictures,
-        mean_mask=_mean_mask(config, tell),
+        mean_mask=_mean_mask(config, world, tell),
     )
 
 
@@ -181,16 +181,20 @@ def _exam(wishes: Wishes, roots: Roots, pictures: Pictures, num_trained_on: int)
     )
 
 
-def _mean_mask(config: Config, tell: Tell) -> MeanMask | None:
-    try:
-        pictures = open_pictures(config.data, "train")
-    except DataError:
-        tell("there are no training pictures here to take the mean mask of")
-        return None
-    return mean_mask(pictures.spread(_NUM_FOR_MEAN))
+def _mean_mask(config: Config, world: World, tell: Tell) -> MeanMask | None:
+    """Of the training pictures; taken once, by the first process."""
+    found = None
+    with world.first_alone():
+        if world.is_first:
+            try:
+                pictures = open_pictures(config.data, "train")
+                found = mean_mask(pictures.spread(_NUM_FOR_MEAN))
+            except DataError as error:
+                tell(f"no mean mask, for there are no training pictures here: {error}")
+    return world.told_by_first(found)
 
 
-def _trained_on(wishes: Wishes, loaded: Checkpoint) -> tuple[Roots, str]:
+def _roots_to_judge(wishes: Wishes, loaded: Checkpoint) -> tuple[Roots, str]:
     """The data to judge on, and by what it was chosen."""
     named = named_data_roots(wishes.data)
     if named is not None:

@@ -6,9 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from segtrain.evaluation.bootstrap import Comparison, Interval
-from segtrain.evaluation.judgement import Judgement, SliceFigures
-from segtrain.evaluation.metrics import EMPTY_RULE
-from segtrain.evaluation.report.words import verdict
+from segtrain.evaluation.judgement import Judgement
+from segtrain.evaluation.report.words import EMPTY_RULE, cautions, verdict
 
 LABELS = {
     "person_iou": "person IoU (global)",
@@ -49,6 +48,7 @@ def _tables(judgement: Judgement) -> Iterator[RenderableType]:
     )
     if judgement.comparison is not None:
         yield comparison_table(judgement.comparison)
+        yield from cautions(judgement.comparison)
         yield verdict(judgement.comparison)
 
 
@@ -75,11 +75,8 @@ def slices_table(judgement: Judgement) -> Table:
     table.add_column("images", justify="right")
     for heading in _IN_SLICES.values():
         table.add_column(heading.replace(" ", "\n"), justify="right")
-    groups: dict[str, list[SliceFigures]] = {}
-    for part in judgement.slices:
-        if part.num_images:
-            groups.setdefault(part.group, []).append(part)
-    for group, parts in groups.items():
+    for group, all_parts in judgement.slice_groups.items():
+        parts = [part for part in all_parts if part.num_images]
         if len(parts) > 1:
             table.add_section()
             table.add_row(group, style="bold")
@@ -91,11 +88,7 @@ def slices_table(judgement: Judgement) -> Table:
 
 def comparison_table(comparison: Comparison) -> Table:
     """In points, hundredths."""
-    common = f"{comparison.num_common} common images"
-    caution = ""
-    if comparison.num_other_truth:
-        caution = f"; the truth of {comparison.num_other_truth} of them differs"
-    table = Table(title="compared", caption=f"in points, over {common}{caution}")
+    table = Table(title="compared", caption="in points")
     table.add_column("metric")
     for heading in ("other", "this", "difference", "95 %"):
         table.add_column(heading, justify="right")
@@ -125,7 +118,7 @@ def batch_norm_table(judgements: Mapping[str, Judgement]) -> Table:
 def _titled(judgement: Judgement) -> Table:
     return Table(
         title=f"{judgement.exam.split}: {judgement.num_images} images at original resolution",
-        caption=f"{EMPTY_RULE}; selection {judgement.exam.manifest}",
+        caption=f"{EMPTY_RULE} Selection {judgement.exam.manifest}.",
     )
 
 

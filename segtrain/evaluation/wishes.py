@@ -12,6 +12,7 @@ from segtrain.errors import UsageError
 from segtrain.evaluation.labels.outputs import check_outputs
 from segtrain.evaluation.report.folder import refuse_existing
 from segtrain.runs import DEFAULT_OUTPUT
+from segtrain.tiles import check_side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ class Wishes:
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise UsageError(f"--threshold {self.threshold} is no probability above 0")
+        if self.tile is not None:
+            check_side(self.tile)
         if self.compare is not None and not self.compare.is_file():
             raise UsageError(f"--compare {self.compare} is no file; eval --json writes one")
         if self.predictions is None:
@@ -64,6 +67,12 @@ class Wishes:
         for option, value in asked_of_a_network.items():
             if value is not None:
                 raise UsageError(f"{option} is for networks; --predictions takes masks as they are")
+
+
+def refuse_torchrun(option: str) -> None:
+    """Raise UsageError if torchrun has started this process as one of several."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(f"{option} needs all pictures in one process; go without torchrun")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +92,8 @@ class Outputs:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.label_check and os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UsageError("--label-check needs all pictures in one process; go without torchrun")
+        if self.label_check:
+            refuse_torchrun("--label-check")
 
     def refuse_existing(self) -> None:
         """Raise UsageError if something is there that may not be replaced."""

@@ -8,7 +8,7 @@ from segtrain.classes import BACKGROUND, PERSON
 from segtrain.evaluation.figures import Floats, image_ious
 from segtrain.evaluation.judgement import Judgement
 from segtrain.evaluation.report.gallery import PHOTO_SIDE, shown_size
-from segtrain.evaluation.slices import person_shares, slices_of
+from segtrain.evaluation.slices import person_shares
 
 _DIGITS = 6
 
@@ -39,12 +39,11 @@ def picture_columns(judgement: Judgement) -> dict[str, Any]:
 
 
 def _parts(judgement: Judgement) -> list[list[int]]:
-    records = judgement.totals.records
-    groups: dict[str, list[Any]] = {}
-    for part in slices_of(records, [root.name for root in judgement.exam.data]):
-        groups.setdefault(part.group, []).append(part.members)
     # The parts of a group have no picture in common and are all of them.
-    return [np.argmax(np.stack(members), axis=0).tolist() for members in groups.values()]
+    return [
+        np.argmax(np.stack([part.members for part in parts]), axis=0).tolist()
+        for parts in judgement.slice_groups.values()
+    ]
 
 
 def _rounded(values: Floats) -> list[float]:

@@ -92,12 +92,9 @@ def figure_rows(judgement: Judgement) -> Iterator[FigureRow]:
 
 def slice_groups(judgement: Judgement) -> list[SliceGroup]:
     """The slices of a judgement, group by group, in its order."""
-    groups: dict[str, list[SliceFigures]] = {}
-    for part in judgement.slices:
-        groups.setdefault(part.group, []).append(part)
     return [
         SliceGroup(number=number, name=name, parts=parts)
-        for number, (name, parts) in enumerate(groups.items())
+        for number, (name, parts) in enumerate(judgement.slice_groups.items())
     ]
 
 
