@@ -313,6 +313,10 @@ def predict(
         records=jsonl,
         overwrite=overwrite,
     )
+    if any(job.is_video for job in jobs) and (save or panel or refine or clean or jsonl):
+        raise UsageError(
+            "--save, --panel, --refine, --clean and --jsonl are for pictures; do videos apart"
+        )
     if checkpoint is None or checkpoint.suffix != ".onnx":
         _say_loading()
     from segtrain.prediction import command

@@ -118,9 +118,17 @@ def read_picture(
         return Picture(pixels, size, note)
 
 
-def pixels_in(path: Path) -> int:
-    """How many pixels a picture will have, by its first bytes; 0 where these are no picture's."""
-    with suppress(DataError), decoding(path), Image.open(path, formats=FORMATS) as picture:
+def pixels_in(path: Path, max_pixels: int = MAX_PIXELS) -> int:
+    """How many pixels a picture will have, by its first bytes; 0 where these are no picture's.
+
+    Args:
+        max_pixels: as in `read_image`; of a picture far above, which is refused, it is 0, too.
+    """
+    with (
+        suppress(DataError),
+        decoding(path, max_pixels),
+        Image.open(path, formats=FORMATS) as picture,
+    ):
         return picture.width * picture.height
     return 0
 

@@ -10,9 +10,8 @@ from PIL import Image
 from segtrain.errors import DataError, UsageError
 from segtrain.images import Pixels, write_image
 from segtrain.prediction.alpha import Probability, make_alpha, make_mask
+from segtrain.prediction.backgrounds import MakeBackground, background_maker
 from segtrain.prediction.compose import (
-    MakeBackground,
-    background_maker,
     checkerboard,
     make_cutout,
     make_overlay,

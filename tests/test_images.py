@@ -268,6 +268,14 @@ def test_the_size_is_seen_at_a_glance(scene: Pixels, tmp_path: Path) -> None:
     assert pixels_in(path) == pixels_in(tmp_path / "missing.png") == 0
 
 
+def test_pixels_are_counted_as_far_as_the_limit_was_raised(tmp_path: Path) -> None:
+    """Nothing but a header, of 225 megapixels: where they weighed nothing, all would be let in."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 15_000, 15_000, 8, 0, 0, 0, 0)
+    content = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content + b"\0\0\0\0IDAT")
+    assert pixels_in(tmp_path / "large.png", 300_000_000) == 225_000_000
+
+
 READ_AND_MEASURE = """
 import sys
 from pathlib import Path

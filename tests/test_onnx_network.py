@@ -4,7 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -16,9 +16,10 @@ from export_cases import random_images
 from onnx import TensorProto, helper
 from test_export import assert_one_error
 
+from segtrain.config import BnEval
 from segtrain.errors import CheckpointError, UsageError
 from segtrain.images import Pixels, write_image
-from segtrain.models.tiling import strips
+from segtrain.prediction.metadata import _BN_EVALS
 from segtrain.prediction.network import HowToRun, open_network
 from segtrain.prediction.onnx_network import OnnxNetwork, _enlarged
 from segtrain.prediction.torch_network import TorchNetwork
@@ -91,14 +92,15 @@ def test_probabilities_are_scaled_as_by_torch(size: tuple[int, int]) -> None:
     np.testing.assert_allclose(_enlarged(probs, size), expected.numpy(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("length", "side"), [(100, 128), (500, 128), (1000, 256), (4001, 512)])
-def test_tiles_lie_and_count_as_for_torch(length: int, side: int) -> None:
-    ours = list(zip(spans(length, side), weights(length, side), strict=True))
+def test_a_file_may_hold_every_way_of_batch_norm() -> None:
+    """They are written down twice, for the configuration takes long to import."""
+    assert set(_BN_EVALS) == set(get_args(BnEval))
 
+
+@pytest.mark.parametrize(("length", "side"), [(100, 128), (500, 128), (1000, 256), (4001, 512)])
+def test_weights_of_tiles_sum_to_one_to_the_last_bit(length: int, side: int) -> None:
     total = np.zeros(length)
-    for (where, weight), strip in zip(ours, strips(length, side, torch.device("cpu")), strict=True):
-        assert strip.where == where
-        np.testing.assert_array_equal(strip.weights.numpy(), weight)
+    for where, weight in zip(spans(length, side), weights(length, side), strict=True):
         total[where] += weight
     np.testing.assert_array_equal(total, np.ones(length))
 

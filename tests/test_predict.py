@@ -153,6 +153,9 @@ def test_videos_are_named_one_by_one_and_kept_as_such(photos: Path) -> None:
     assert job.files == [Path("out/clip_cutout.webm")]
     [job] = plan_jobs(["photos/clip.MP4"], Path("new.mp4"), KINDS[:1])
     assert job.files == [Path("new.mp4")]
+    for name, background in [("x.mov", "blur"), ("x.MP4", "blur"), ("x.mp4", "transparent")]:
+        with pytest.raises(UsageError, match="cannot hold that video"):
+            plan_jobs(["photos/clip.MP4"], Path(name), KINDS[:1], background=background)
 
 
 # ----------------------------------------------------------------- one file, and standard output
@@ -439,16 +442,42 @@ def test_videos_are_done_after_the_pictures(
     (tmp_path / "clip.mov").write_text("moving")
     calls = []
 
-    def predict_video(source: Path, target: Path, network: object, **options: object) -> None:
+    def predict_video(source: Path, target: Path, network: object, **options: object) -> object:
         assert Path("out/a_mask.png").exists()
         calls.append((source, target, options["background"], options["overwrite"]))
+        return SimpleNamespace(person_share=0.0)
 
     video = SimpleNamespace(predict_video=predict_video)
     monkeypatch.setitem(sys.modules, "segtrain.prediction.video", video)
     command = ("predict", "clip.mov", photo(tmp_path / "a.png"), "--checkpoint", trained_run)
 
-    assert segtrain(*command, "-o", "out", "--background", "#00ff00").code == 0
+    done = segtrain(*command, "-o", "out", "--background", "#00ff00")
+    assert done.code == 0
+    assert "no person found in clip.mov" in done.err
     assert calls == [(Path("clip.mov"), Path("out/clip_background.mp4"), "#00ff00", False)]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--save", "mask"), ("--refine",), ("--clean",), ("--jsonl", "x.jsonl")],
+    ids=" ".join,
+)
+def test_what_is_for_pictures_is_refused_beside_a_video(
+    segtrain: Command, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    (tmp_path / "clip.mov").write_text("moving")
+    done = segtrain("predict", "clip.mov", *option)
+    assert done.code == 2
+    assert "are for pictures" in done.error_lines[0]
+
+
+@pytest.mark.parametrize("tile", ["100", "33", "96"])
+def test_a_side_that_tiles_cannot_have_is_refused_before_any_work(
+    segtrain: Command, tile: str
+) -> None:
+    done = segtrain("predict", "nowhere.jpg", "--tile", tile)
+    assert done.code == 2
+    assert "multiple of 32" in done.error_lines[0]
 
 
 def test_a_full_disk_ends_it_and_leaves_whole_files(

@@ -607,7 +607,7 @@ def test_an_unknown_background_is_refused_first() -> None:
 
 
 def test_missing_pyav_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segtrain.prediction.video.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "av", None)
 
     with pytest.raises(UsageError, match=r"pip install 'segtrain\[video\]'"):
         predict(Path("clip.mp4"))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segtrain.asking import Asking as Asking
+from segtrain.asking import Asking
 from segtrain.classes import PERSON
 from segtrain.devices import Autocast
 from segtrain.images import Pixels, resize_short_side, scaled_size

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segtrain.images import Pixels
-from segtrain.prediction.tiles import tiles
+from segtrain.prediction.regions import tiles
 
 Probability = npt.NDArray[np.float32]
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from segtrain.errors import DataError, UsageError
+from segtrain.extras import needed
 from segtrain.images import Picture, pixels_in, read_picture
 from segtrain.prediction.backgrounds import background_maker
 from segtrain.prediction.finishing import Finishing
@@ -57,6 +58,8 @@ def predict(jobs: Sequence[Job], wishes: Wishes, *, tell: Callable[[str], object
         Stopped: a signal has come; what is written is whole.
         UserError: of any kind but a single unusable picture.
     """
+    if any(job.is_video for job in jobs):
+        needed("av", "video")
     _wait_politely()
     finish = Finishing(
         make_background=background_maker(wishes.background),
@@ -66,11 +69,12 @@ def predict(jobs: Sequence[Job], wishes: Wishes, *, tell: Callable[[str], object
     )
     path, chosen_by = find_checkpoint(wishes.checkpoint)
     pictures = [job for job in jobs if not job.is_video]
+    weigh = partial(_weigh, max_pixels=wishes.max_pixels)
     read = partial(_read, stdin=_stdin(pictures), max_pixels=wishes.max_pixels)
     problems: list[str] = []
     with ExitStack() as stack:
         record = stack.enter_context(recording(wishes.records))
-        pipeline = Pipeline(pictures, weigh=_weigh, read=read, finish=finish)
+        pipeline = Pipeline(pictures, weigh=weigh, read=read, finish=finish)
         try:
             with pipeline:
                 network = open_network(path, wishes.how)
@@ -118,21 +122,23 @@ def _do_videos(
     problems = []
     for job in jobs:
         try:
-            predict_video(
+            outcome = predict_video(
                 *job.clip,
                 network,
                 background=wishes.background,
                 overwrite=wishes.overwrite,
                 tell=tell,
             )
+            if outcome.person_share == 0:
+                tell(f"no person found in {job.name}")
         except DataError as error:
             tell(f"skipped: {error}")
             problems.append(str(error))
     return problems
 
 
-def _weigh(job: Job) -> int:
-    return 0 if job.source is None else pixels_in(job.source)
+def _weigh(job: Job, *, max_pixels: int) -> int:
+    return 0 if job.source is None else pixels_in(job.source, max_pixels)
 
 
 def _read(job: Job, *, stdin: bytes | None, max_pixels: int) -> Picture:

@@ -4,9 +4,7 @@ import cv2
 import numpy as np
 
 from segtrain.images import Pixels
-from segtrain.prediction.backgrounds import MakeBackground as MakeBackground
-from segtrain.prediction.backgrounds import background_maker as background_maker
-from segtrain.prediction.tiles import tiles
+from segtrain.prediction.regions import tiles
 from segtrain.sheets import OUTLINE_COLOUR, draw_outline, tint
 
 # The outline's width as a share of the short side: seen when the whole picture fills a screen.

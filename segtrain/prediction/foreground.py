@@ -5,7 +5,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segtrain.images import Pixels
-from segtrain.prediction.tiles import Region, tile_at, tiles
+from segtrain.prediction.regions import Region, tile_at, tiles
 
 Colours = npt.NDArray[np.float32]
 

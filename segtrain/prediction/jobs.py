@@ -10,6 +10,7 @@ from segtrain.images import IMAGE_SUFFIXES
 from segtrain.prediction.inputs import Input, find_inputs
 from segtrain.prediction.outputs import OUTPUTS, suffix_of
 from segtrain.prediction.video.suffixes import VIDEO_SUFFIXES, video_suffix_of
+from segtrain.tiles import check_side
 
 STDOUT = Path("-")
 _WRITABLE = (".png", ".jpg", ".jpeg")
@@ -88,7 +89,7 @@ def tile_of(text: str) -> int | Literal["auto"] | None:
     """What `--tile` says: a side in pixels, "auto", or None for off.
 
     Raises:
-        UsageError: it says something else.
+        UsageError: it says something else, or tiles cannot have that side.
     """
     if text == "auto":
         return "auto"
@@ -96,6 +97,7 @@ def tile_of(text: str) -> int | Literal["auto"] | None:
         return None
     if not text.isdecimal():
         raise UsageError(f"--tile {text!r} is no number of pixels, not auto, and not off")
+    check_side(int(text))
     return int(text)
 
 
@@ -158,8 +160,11 @@ def _only_job(inputs: Sequence[Input], output: Path, kind: str, background: str)
         )
     [meant] = inputs
     if meant.is_video:
-        if output.suffix.lower() not in VIDEO_SUFFIXES:
-            raise UsageError(f"--output {output} cannot hold the video {meant.path}; give x.mp4")
+        wanted = Path(video_suffix_of(background)).suffix
+        if output.suffix != wanted:
+            raise UsageError(
+                f"--output {output} cannot hold that video; give a name like x{wanted}"
+            )
         return Job(meant.path, {"video": output}, is_video=True)
     if output == STDOUT:
         return Job(meant.path, {kind: None})

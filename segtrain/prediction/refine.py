@@ -8,7 +8,7 @@ import numpy as np
 from segtrain.images import Pixels
 from segtrain.prediction.alpha import STEEPNESS, SURE_BACKGROUND, SURE_PERSON, Probability
 from segtrain.prediction.guided_filter import Plane, apply_coefficients, guided_coefficients
-from segtrain.prediction.tiles import tiles
+from segtrain.prediction.regions import tiles
 
 # The coefficients vary slowly: they are found in a copy of at most so many pixels.
 _COEFFICIENT_PIXELS = 2**20

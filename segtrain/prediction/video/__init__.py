@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segtrain.errors import UsageError
+from segtrain.extras import needed
 
 if TYPE_CHECKING:
     from segtrain.prediction.network import Network
@@ -50,8 +50,7 @@ def predict_video(
         ResourceError: the target cannot be written.
         Stopped: a signal has come; nothing is left behind.
     """
-    if find_spec("av") is None:
-        raise UsageError(f"{source} is a video; run: pip install 'segtrain[video]'")
+    needed("av", "video")
     if target.resolve() == source.resolve():
         raise UsageError(f"{target} is the input, too; choose another --output")
     if target.exists() and not overwrite:
