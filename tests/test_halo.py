@@ -6,7 +6,7 @@ import numpy.typing as npt
 import pytest
 
 from segtrain.images import Pixels
-from segtrain.prediction import tiles as tiling
+from segtrain.prediction import regions as tiling
 from segtrain.prediction.alpha import Probability
 from segtrain.prediction.foreground import blurred_fusion, clean_foreground
 from segtrain.prediction.outputs import Result

@@ -7,7 +7,7 @@ import pytest
 
 from segtrain.images import Pixels
 from segtrain.prediction import refine as refining
-from segtrain.prediction import tiles as tiling
+from segtrain.prediction import regions as tiling
 from segtrain.prediction.alpha import Probability, make_alpha, make_mask
 from segtrain.prediction.guided_filter import Plane, apply_coefficients, guided_coefficients
 from segtrain.prediction.refine import refine
