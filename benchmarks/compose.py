@@ -32,7 +32,7 @@ def main() -> None:
     probability = cv2.resize(cv2.GaussianBlur(seen, (0, 0), 1.5), (WIDTH, HEIGHT))
 
     def result() -> Result:
-        return Result(image=image, probability=refined)
+        return Result(image=image, answer=refined)
 
     def composition() -> Composition:
         return Composition(result(), background_maker("blur"))
@@ -48,7 +48,7 @@ def main() -> None:
     }
 
     def all_of_it() -> None:
-        cut = Result(image=image, probability=refine(image, probability))
+        cut = Result(image=image, answer=refine(image, probability))
         whole = Composition(cut, background_maker("blur"))
         for kind in ("cutout", "background"):
             OUTPUTS[kind].make(whole)

@@ -104,16 +104,34 @@ def open_best():
     return open_network(find_checkpoint(None)[0], HowToRun())
 
 
+def model_of_best():
+    from segtrain.checkpoint import load_checkpoint, restore_model
+    from segtrain.runs import find_checkpoint
+
+    path, _ = find_checkpoint(None)
+    checkpoint = load_checkpoint(path)
+    return restore_model(checkpoint, path), checkpoint.config.data.image_size
+
+
 def pillow(folder: Path) -> None:
     import numpy as np
+    import torch
+    import torch.nn.functional as F
     from PIL import Image
 
-    network, times = open_best(), []
+    model, short_side = model_of_best()
+    times = []
     target = folder / "pillow"
     target.mkdir(exist_ok=True)
     for path in sorted((folder / "photos").iterdir()):
-        image = np.array(Image.open(path).convert("RGB"))
-        [probability] = network.probs([image])
+        image = Image.open(path).convert("RGB")
+        scale = short_side / min(image.size)
+        seen = image.resize([round(side * scale) for side in image.size], Image.Resampling.BOX)
+        with torch.inference_mode():
+            batch = torch.from_numpy(np.array(seen)).permute(2, 0, 1)[None]
+            probs = model(batch).softmax(dim=1)[:, 1:]
+            probs = F.interpolate(probs, image.size[::-1], mode="bilinear")
+        probability = probs[0, 0].numpy()
         mask = ((probability >= 0.5) * 255).astype(np.uint8)
         Image.fromarray(mask).save(target / f"{path.stem}_mask.png")
         cutout = np.dstack([image, (probability * 255).astype(np.uint8)])
@@ -130,7 +148,7 @@ def ours(folder: Path) -> None:
     for path in sorted((folder / "photos").iterdir()):
         image = read_image(path)
         [probability] = network.probs([image])
-        result = Result(image=image, probability=probability)
+        result = Result(image=image, answer=probability)
         write_image(folder / "ours" / f"{path.stem}_mask.png", result.mask)
         write_image(folder / "ours" / f"{path.stem}_cutout.png", result.cutout())
         times.append(time.perf_counter())

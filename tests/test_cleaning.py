@@ -4,11 +4,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from segtrain.prediction.alpha import Probability, make_alpha, make_mask
+from segtrain.prediction.alpha import make_alpha, make_mask
 from segtrain.prediction.cleaning import clean
+from segtrain.prediction.probability import Values
 
 
-def person(height: int = 200, width: int = 200) -> Probability:
+def person(height: int = 200, width: int = 200) -> Values:
     """A person of 10,000 pixels in the middle, with a soft rim."""
     probability = np.full((height, width), 0.01, dtype=np.float32)
     probability[49:151, 49:151] = 0.4

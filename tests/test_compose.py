@@ -9,16 +9,17 @@ from PIL import Image
 
 from segtrain.errors import DataError, UsageError
 from segtrain.images import Pixels, write_image
-from segtrain.prediction.alpha import Probability, make_alpha, make_mask
+from segtrain.prediction.alpha import make_alpha, make_mask
 from segtrain.prediction.backgrounds import MakeBackground, background_maker
 from segtrain.prediction.compose import (
     checkerboard,
-    make_cutout,
     make_overlay,
     make_panel,
     put_on_background,
 )
+from segtrain.prediction.foreground import make_cutout
 from segtrain.prediction.outputs import OUTPUTS, Composition, Result, suffix_of
+from segtrain.prediction.probability import Values
 from segtrain.sheets import OUTLINE_COLOUR
 
 RNG = np.random.default_rng(0)
@@ -33,7 +34,7 @@ def made(make: MakeBackground, image: Pixels, alpha: Pixels | None = None) -> Pi
     return background
 
 
-def ramp(width: int, rows: int = 40, columns: int = 120) -> Probability:
+def ramp(width: int, rows: int = 40, columns: int = 120) -> Values:
     """0 at the left, 1 at the right, and `width` pixels of slope around the middle."""
     line = (np.arange(columns) - (columns - 1) / 2) / width + 0.5
     return np.tile(line.clip(0, 1).astype(np.float32), (rows, 1))
@@ -133,7 +134,9 @@ def test_slivers_have_an_opacity(size: tuple[int, int], value: float) -> None:
 def test_a_cutout_is_the_foreground_with_its_opacity() -> None:
     cutout = make_cutout(IMAGE, ALPHA)
 
-    assert np.array_equal(cutout, np.concatenate([IMAGE, ALPHA[..., None]], axis=2))
+    assert np.array_equal(cutout[..., 3], ALPHA)
+    assert np.array_equal(cutout[ALPHA == 255, :3], IMAGE[ALPHA == 255])
+    assert (cutout[ALPHA == 0] == 0).all()
 
 
 def test_a_new_background_is_blended_by_alpha() -> None:
@@ -141,7 +144,8 @@ def test_a_new_background_is_blended_by_alpha() -> None:
     weight = ALPHA[..., None] / 255
     expected = IMAGE * weight + background * (1 - weight)
 
-    composed = put_on_background(IMAGE, ALPHA, background)
+    composed = background.copy()
+    put_on_background(np.dstack([IMAGE, ALPHA]), composed)
 
     assert np.abs(composed - expected).max() <= 0.51
     assert np.array_equal(composed[ALPHA == 255], IMAGE[ALPHA == 255])

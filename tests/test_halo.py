@@ -7,9 +7,9 @@ import pytest
 
 from segtrain.images import Pixels
 from segtrain.prediction import regions as tiling
-from segtrain.prediction.alpha import Probability
-from segtrain.prediction.foreground import blurred_fusion, clean_foreground
+from segtrain.prediction.foreground import blurred_fusion, make_cutout
 from segtrain.prediction.outputs import Result
+from segtrain.prediction.probability import Values
 from segtrain.prediction.refine import refine
 
 GREEN, RED = (30, 200, 60), (210, 40, 40)
@@ -49,6 +49,10 @@ def difference(first: Pixels, second: Pixels, alpha: Pixels) -> tuple[float, flo
     return float(apart[edge].mean()), float(np.percentile(apart[edge], 99))
 
 
+def foreground(photo: Pixels, alpha: Pixels) -> Pixels:
+    return make_cutout(photo, alpha)[..., :3]
+
+
 MEAN_BOUND, WORST_BOUND = 3.0, 9.0
 """Of 255: by how much edges cut out of two walls may differ, in the mean and at the worst 1 %."""
 
@@ -56,7 +60,7 @@ MEAN_BOUND, WORST_BOUND = 3.0, 9.0
 def test_a_person_on_green_and_on_red_gives_the_same_colours() -> None:
     (green, alpha), (red, _) = person_on(GREEN), person_on(RED)
 
-    mean, worst = difference(clean_foreground(green, alpha), clean_foreground(red, alpha), alpha)
+    mean, worst = difference(foreground(green, alpha), foreground(red, alpha), alpha)
     # The fault that this is about: the photo's own colours, with a fifth of the wall in them.
     uncleaned_mean, uncleaned_worst = difference(green, red, alpha)
 
@@ -66,7 +70,7 @@ def test_a_person_on_green_and_on_red_gives_the_same_colours() -> None:
     assert uncleaned_worst > 2 * WORST_BOUND
 
 
-def as_seen(alpha: Pixels) -> Probability:
+def as_seen(alpha: Pixels) -> Values:
     """What a network of a quarter of the resolution would say, enlarged."""
     height, width = alpha.shape
     small = cv2.resize(alpha, (width // 4, height // 4), interpolation=cv2.INTER_AREA)
@@ -97,7 +101,7 @@ def test_over_the_old_background_a_cutout_gives_the_photo_back() -> None:
     photo, alpha = person_on(GREEN)
     weight = alpha[..., None] / 255
 
-    again = clean_foreground(photo, alpha) * weight + np.array(GREEN) * (1 - weight)
+    again = foreground(photo, alpha) * weight + np.array(GREEN) * (1 - weight)
 
     assert np.abs(again - photo).mean(axis=2)[alpha > 0].max() < 12
     assert np.abs(again - photo)[(alpha > 0) & (alpha < 255)].mean() < 2
@@ -155,9 +159,9 @@ def test_blurred_fusion_is_that_of_the_paper() -> None:
 def test_tiles_leave_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     photo, alpha = (np.tile(plane, (3, 3) + (1,) * (plane.ndim - 2)) for plane in person_on(RED))
 
-    by_tiles = clean_foreground(photo, alpha)
+    by_tiles = foreground(photo, alpha)
     monkeypatch.setattr(tiling, "_SIDE", 10_000)
-    at_once = clean_foreground(photo, alpha)
+    at_once = foreground(photo, alpha)
 
     assert np.array_equal(by_tiles, at_once)
 
@@ -169,6 +173,4 @@ def test_slivers_of_one_colour_keep_it(size: tuple[int, int], opacity: int) -> N
     image = np.full((*size, 3), 77, dtype=np.uint8)
     alpha = np.full(size, opacity, dtype=np.uint8)
 
-    foreground = clean_foreground(image, alpha)
-
-    assert (foreground == (77 if opacity else 0)).all()
+    assert (foreground(image, alpha) == (77 if opacity else 0)).all()

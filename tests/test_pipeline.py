@@ -16,8 +16,8 @@ import pytest
 from segtrain.errors import DataError, ResourceError
 from segtrain.images import Picture, Pixels
 from segtrain.prediction.jobs import Job
-from segtrain.prediction.network import Probability
 from segtrain.prediction.pipeline import Outcome, Pipeline
+from segtrain.prediction.probability import Probability
 from segtrain.stopping import Stopped, listening
 
 SECONDS = 30  # of patience before a test says that something hangs
@@ -28,7 +28,8 @@ class FakeNetwork:
 
     description = "fake"
 
-    def __init__(self, before: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, before: Callable[[], object] = lambda: None, *, at_once: int = 1) -> None:
+        self.at_once = at_once
         self.batches: list[int] = []
         self._before = before
 
@@ -169,8 +170,8 @@ def test_pictures_of_one_size_that_are_read_go_together(monkeypatch: pytest.Monk
             others_are_read.set()
         return read(job, sizes[number_of(job)])
 
-    network = FakeNetwork()
-    done = outcomes_of(pipeline(4, read=mixed, at_once=2), network)
+    network = FakeNetwork(at_once=2)
+    done = outcomes_of(pipeline(4, read=mixed), network)
 
     assert network.batches == [2, 1, 1]  # 0 with 2, then 1, then 3
     assert [outcome.facts for outcome in done] == [{"number": n} for n in range(4)]

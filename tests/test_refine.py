@@ -8,8 +8,9 @@ import pytest
 from segtrain.images import Pixels
 from segtrain.prediction import refine as refining
 from segtrain.prediction import regions as tiling
-from segtrain.prediction.alpha import Probability, make_alpha, make_mask
+from segtrain.prediction.alpha import make_alpha, make_mask
 from segtrain.prediction.guided_filter import Plane, apply_coefficients, guided_coefficients
+from segtrain.prediction.probability import Values
 from segtrain.prediction.refine import refine
 
 
@@ -79,7 +80,7 @@ def drawn(height: int = 240, width: int = 320) -> tuple[Pixels, npt.NDArray[np.b
     return photo.clip(0, 255).astype(np.uint8), person
 
 
-def as_seen(person: npt.NDArray[np.bool_], *, shift: int) -> Probability:
+def as_seen(person: npt.NDArray[np.bool_], *, shift: int) -> Values:
     """What a network with little sight says: 1/4 of the size, blurred, and some pixels off."""
     height, width = person.shape
     moved = np.roll(person, shift, axis=1).astype(np.float32)
@@ -88,7 +89,7 @@ def as_seen(person: npt.NDArray[np.bool_], *, shift: int) -> Probability:
     return np.asarray(seen, dtype=np.float32)
 
 
-def wrong(probability: Probability, person: npt.NDArray[np.bool_]) -> int:
+def wrong(probability: Values, person: npt.NDArray[np.bool_]) -> int:
     return int(((make_mask(probability) > 0) != person).sum())
 
 

@@ -103,7 +103,7 @@ def _write_sine(output: Any, stream: Any, seconds: float, hertz: int) -> None:
 class Redness:
     """A network that takes what is red for a person."""
 
-    description = "redness"
+    description, at_once = "redness", 1
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, ...]] = []
@@ -117,7 +117,7 @@ class Redness:
 class Everything:
     """A network that takes everything for a person: the picture comes through."""
 
-    description = "everything"
+    description, at_once = "everything", 1
 
     def probs(self, pictures: Sequence[Array]) -> list[Array]:
         return [np.ones(picture.shape[:2], dtype=np.float32) for picture in pictures]

@@ -10,10 +10,10 @@ from segtrain.classes import PERSON
 from segtrain.config import BnEval
 from segtrain.images import Pixels
 from segtrain.models.batch_norm import evaluation_statistics
-from segtrain.prediction.network import Probability
+from segtrain.prediction.probability import Values
 from segtrain.progress import progress_bar
 
-Ask = Callable[[Pixels], Probability]
+Ask = Callable[[Pixels], Values]
 """From N H W 3 uint8 RGB to N H W float32 in 0..1, the probability of person."""
 
 TOLERANCE = 1e-3
@@ -22,7 +22,7 @@ TOLERANCE = 1e-3
 def ask_torch(model: nn.Module, bn_eval: BnEval) -> Ask:
     """The network as it is judged: picture by picture, in float32 on the CPU."""
 
-    def ask(images: Pixels) -> Probability:
+    def ask(images: Pixels) -> Values:
         batch = torch.from_numpy(images).permute(0, 3, 1, 2)
         with torch.inference_mode(), evaluation_statistics(model, bn_eval):
             logits = torch.cat([model(image[None]) for image in batch])

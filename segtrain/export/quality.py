@@ -92,7 +92,7 @@ def measure_loss(before: Network, after: Network, config: DataConfig) -> Loss:
     sum_of_differences, largest, num_pixels, num_pictures = 0.0, 0.0, 0, 0
     with progress_bar(total=len(pictures), desc="measuring") as bar:
         for sample in _readable(pictures):
-            answers = [network.probs([sample.image])[0] for network in (before, after)]
+            answers = [np.asarray(network.probs([sample.image])[0]) for network in (before, after)]
             for confusion, probs in zip(confusions, answers, strict=True):
                 confusion += confusion_of((probs >= 0.5).astype(np.uint8), sample.mask)
             difference = np.abs(answers[0] - answers[1])

@@ -13,7 +13,7 @@ from segtrain.export.hints import hints_hidden
 from segtrain.export.network import Exportable, traced
 from segtrain.images import Pixels
 from segtrain.prediction.metadata import Metadata
-from segtrain.prediction.network import Probability
+from segtrain.prediction.probability import Values
 
 METADATA_FILE = "segtrain.json"
 
@@ -46,7 +46,7 @@ def opened(content: bytes, path: Path) -> Ask:
     # does not hang on it, as the comparison shows.
     network = program.module(check_guards=False)
 
-    def ask(images: Pixels) -> Probability:
+    def ask(images: Pixels) -> Values:
         with torch.inference_mode():
             probs = network(torch.from_numpy(images))
         return np.asarray(probs.numpy(), dtype=np.float32)

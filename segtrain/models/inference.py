@@ -1,6 +1,6 @@
 """How a network is asked about pictures: the one way that evaluation and prediction share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
@@ -15,8 +15,8 @@ from segtrain.images import Pixels, resize_short_side, scaled_size
 from segtrain.models.tiling import probs_by_tiles
 from segtrain.tiles import automatic_side
 
-# Tiles on a GPU come so many at once; a megapixel keeps it busy.
-_PIXELS_AT_ONCE = 2**20
+# Tiles, and pictures to predict, come so many at once to a GPU; a megapixel keeps it busy.
+PIXELS_AT_ONCE = 2**20
 
 
 def person_probs_of_picture(
@@ -32,13 +32,22 @@ def person_probs_of_picture(
     Returns:
         H W float32 in 0..1, on `device`.
     """
-    scaled = resize_short_side(picture, asking.loaded_short_side)
-    batch = torch.from_numpy(scaled)[None].permute(0, 3, 1, 2).to(device)
+    batch = scaled_batch([picture], asking, device)
     height, width = picture.shape[:2]
     return person_probs(model, batch, (height, width), autocast, asking=asking)[0]
 
 
-@torch.inference_mode()
+def scaled_batch(pictures: Sequence[Pixels], asking: Asking, device: torch.device) -> Tensor:
+    """What `answers` takes of pictures H W 3 uint8 of one size: N 3 h w uint8 on `device`."""
+    scaled = [
+        torch.from_numpy(resize_short_side(picture, asking.loaded_short_side))
+        for picture in pictures
+    ]
+    # One alone may be as large as the photo, and need not be copied.
+    batch = scaled[0][None] if len(scaled) == 1 else torch.stack(scaled)
+    return batch.permute(0, 3, 1, 2).to(device)
+
+
 def person_probs(
     model: nn.Module,
     image: Tensor,
@@ -51,35 +60,57 @@ def person_probs(
 
     Probabilities are enlarged before anybody thresholds them: enlarging a mask would make stairs.
 
-    The network gets one picture or tile at a time on a CPU, where a batch would change the last
-    bits and save nothing, and where batch norm goes by what is looked at. On a GPU it gets the
-    whole batch, or as many tiles as make a megapixel.
-
-    Memory for a picture seen by tiles at its own size, beside one batch of tiles: 8 bytes a pixel,
-    for the tiles' blend and the sum of views; 15 with its mirror image; about 60 with other scales,
-    which are made in floats.
-
     Args:
-        model: in evaluation mode.
-        image: N 3 h w uint8 on the model's device, scaled to `asking.loaded_short_side`.
+        model, image, autocast, asking: as in `answers`.
         out_size: H, W of the original pictures.
-        autocast: makes the precision context of the forward pass.
 
     Returns:
         N H W float32 in 0..1, on the model's device.
     """
+    with torch.inference_mode():
+        first, *others = answers(model, image, autocast, asking=asking)
+        total = _enlarged(first, out_size)
+        for other in others:
+            total = total + _enlarged(other, out_size)
+        return total / (1 + len(others)) if others else total
+
+
+@torch.inference_mode()
+def answers(model: nn.Module, image: Tensor, autocast: Autocast, *, asking: Asking) -> list[Tensor]:
+    """Probabilities of person as the network sees the pictures, at each scale that is asked for.
+
+    The network gets one picture or tile at a time on a CPU, where a batch would change the last
+    bits and save nothing, and where batch norm goes by what is looked at. On a GPU it gets the
+    whole batch, or as many tiles as make a megapixel.
+
+    Memory for a picture seen by tiles at its own size, beside one batch of tiles: 4 bytes a pixel,
+    for the tiles' blend; 11 with its mirror image; about 60 with other scales, which are made in
+    floats.
+
+    Args:
+        model: in evaluation mode.
+        image: N 3 h w uint8 on the model's device, scaled to `asking.loaded_short_side`.
+        autocast: makes the precision context of the forward pass.
+
+    Returns:
+        N h w float32 in 0..1 for each scale, on the model's device. What is asked for is the mean
+        of all, enlarged.
+    """
     alone = image.device.type == "cpu" or any(module.training for module in model.modules())
     images_at_once = 1 if alone or asking.tile is not None else len(image)
-    pixels_at_once = 1 if alone else _PIXELS_AT_ONCE
+    pixels_at_once = 1 if alone else PIXELS_AT_ONCE
     look = partial(_look, partial(_ask, model, autocast), asking.tile, pixels_at_once)
-    total = torch.zeros((len(image), *out_size), device=image.device)
-    parts = torch.split(image, images_at_once), torch.split(total, images_at_once)
-    for part, sums in zip(*parts, strict=True):
-        for view in _views(part, asking):
-            sums += _enlarged(look(view), out_size)
-            if asking.tta != "none":
-                sums += _enlarged(look(view.flip(-1)).flip(-1), out_size)
-    return total.div_(asking.num_views)
+    parts = [
+        [_with_mirror_image(look, view, asking) for view in _views(part, asking)]
+        for part in torch.split(image, images_at_once)
+    ]
+    return [scale[0] if len(scale) == 1 else torch.cat(scale) for scale in zip(*parts, strict=True)]
+
+
+def _with_mirror_image(look: Callable[[Tensor], Tensor], view: Tensor, asking: Asking) -> Tensor:
+    if asking.tta == "none":
+        return look(view)
+    return look(view).add_(look(view.flip(-1)).flip(-1)).div_(2)
 
 
 def _views(image: Tensor, asking: Asking) -> Iterator[Tensor]:

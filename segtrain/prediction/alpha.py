@@ -4,12 +4,10 @@ import math
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from segtrain.images import Pixels
+from segtrain.prediction.probability import Probability, Values, bounds
 from segtrain.prediction.regions import tiles
-
-Probability = npt.NDArray[np.float32]
 
 SURE_BACKGROUND, SURE_PERSON = 0.3, 0.7
 """Below and above, the person is fully transparent and fully opaque."""
@@ -24,7 +22,15 @@ _FLAT = 1e-5
 
 def make_mask(probability: Probability) -> Pixels:
     """H W float32 in 0..1 → H W uint8: 255 where person is at least as likely as not, else 0."""
-    return np.where(probability >= 0.5, np.uint8(255), np.uint8(0))
+    height, width = probability.shape
+    mask = np.empty((height, width), dtype=np.uint8)
+    for tile in tiles((height, width), reach=0):
+        lowest, highest = bounds(probability, tile.inner)
+        if lowest >= 0.5 or highest < 0.5:
+            mask[tile.inner] = 255 if lowest >= 0.5 else 0
+        else:
+            mask[tile.inner] = np.where(probability[tile.inner] >= 0.5, np.uint8(255), np.uint8(0))
+    return mask
 
 
 def make_alpha(probability: Probability) -> Pixels:
@@ -46,17 +52,17 @@ def make_alpha(probability: Probability) -> Pixels:
     widest = max(_WIDEST_EDGE, _WIDEST_EDGE_SHARE * min(height, width))
     # One pixel more is for the slope of the outermost.
     for tile in tiles((height, width), reach=math.ceil(widest) + 1):
-        inner = probability[tile.inner]
-        if inner.min() >= SURE_PERSON:
+        lowest, highest = bounds(probability, tile.inner)
+        if lowest >= SURE_PERSON:
             alpha[tile.inner] = 255
-        elif inner.max() <= SURE_BACKGROUND:
+        elif highest <= SURE_BACKGROUND:
             alpha[tile.inner] = 0
         else:
             alpha[tile.inner] = _steepened(probability[tile.outer], widest)[tile.core]
     return alpha
 
 
-def _steepened(probability: Probability, widest: float) -> Pixels:
+def _steepened(probability: Values, widest: float) -> Pixels:
     """Opacity, H W uint8, whose edges are at most about `widest` pixels wide."""
     across = cv2.Sobel(probability, cv2.CV_32F, 1, 0, scale=1 / 8, borderType=cv2.BORDER_REPLICATE)
     down = cv2.Sobel(probability, cv2.CV_32F, 0, 1, scale=1 / 8, borderType=cv2.BORDER_REPLICATE)

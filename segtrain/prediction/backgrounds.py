@@ -20,7 +20,7 @@ class MakeBackground(Protocol):
     """Makes the background of a picture."""
 
     def __call__(self, image: Pixels, alpha: Pixels | None = None) -> Pixels | None:
-        """A picture of the same size to put the person upon.
+        """A picture of the same size to put the person upon; whoever asks may paint on it.
 
         Args:
             image: H W 3 uint8 RGB, the photo.

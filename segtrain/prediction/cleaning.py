@@ -5,17 +5,17 @@ import numpy as np
 import numpy.typing as npt
 
 from segtrain.images import Pixels
-from segtrain.prediction.alpha import Probability
+from segtrain.prediction.probability import Values
 
 _SHARE_OF_LARGEST, _SHARE_OF_FRAME = 0.01, 0.0001
 
 
 def clean(
-    probability: Probability,
+    probability: Values,
     *,
     share_of_largest: float = _SHARE_OF_LARGEST,
     share_of_frame: float = _SHARE_OF_FRAME,
-) -> Probability:
+) -> Values:
     """Take away small pieces of person and fill small holes.
 
     A piece is what hangs together, also over corners, of the pixels that are rather person than

@@ -13,26 +13,21 @@ _CHECKS_SHARE = 1 / 40
 _CHECK_COLOURS = (255, 204)
 
 
-def make_cutout(foreground: Pixels, alpha: Pixels) -> Pixels:
-    """The person alone: H W 4 uint8 RGBA, background transparent.
+def put_on_background(cutout: Pixels, background: Pixels) -> None:
+    """Lay the person over another picture, in that picture itself.
 
     Args:
-        foreground: H W 3 uint8, as `segtrain.prediction.foreground.clean_foreground` gives it:
-            zero where alpha is, so that nothing of the old background is hidden in the file.
-        alpha: H W uint8.
+        cutout: H W 4 uint8 RGBA, as of `segtrain.prediction.foreground.make_cutout`.
+        background: H W 3 uint8 RGB; on return with the person upon it.
     """
-    return np.dstack([foreground, alpha])
-
-
-def put_on_background(foreground: Pixels, alpha: Pixels, background: Pixels) -> Pixels:
-    """The person over another picture, H W 3 uint8; arguments as above and H W 3 uint8."""
-    composed = np.empty_like(background)
-    for tile in tiles((alpha.shape[0], alpha.shape[1]), reach=0):
-        opacity = alpha[tile.inner].astype(np.float32) / 255
-        composed[tile.inner] = cv2.blendLinear(
-            foreground[tile.inner], background[tile.inner], opacity, 1 - opacity
-        )
-    return composed
+    for tile in tiles((background.shape[0], background.shape[1]), reach=0):
+        alpha = cutout[(*tile.inner, 3)]
+        if not alpha.any():
+            continue
+        opacity = alpha.astype(np.float32) / 255
+        foreground = np.ascontiguousarray(cutout[tile.inner][..., :3])
+        behind = background[tile.inner]
+        background[tile.inner] = cv2.blendLinear(foreground, behind, opacity, 1 - opacity)
 
 
 def make_overlay(image: Pixels, mask: Pixels) -> Pixels:

@@ -7,6 +7,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from segtrain.prediction.outputs import Result
+from segtrain.prediction.regions import tiles
 
 
 def describe(result: Result) -> dict[str, Any]:
@@ -27,8 +28,7 @@ def describe(result: Result) -> dict[str, Any]:
     num_pixels = int(cv2.countNonZero(mask))
     rle = coco_mask.encode(np.asfortranarray(mask // 255))
     labels, _ = cv2.connectedComponents(mask, connectivity=8)
-    # cv2 sums in double precision.
-    confidence = cv2.mean(result.probability, mask)[0] if num_pixels else None
+    confidence = _confidence(result) if num_pixels else None
     return {
         "person_share": num_pixels / mask.size,
         "confidence": None if confidence is None else round(confidence, 4),
@@ -36,3 +36,12 @@ def describe(result: Result) -> dict[str, Any]:
         "box": list(cv2.boundingRect(mask)) if num_pixels else None,
         "rle": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")},
     }
+
+
+def _confidence(result: Result) -> float:
+    total = 0.0
+    for tile in tiles(result.mask.shape, reach=0):
+        person = result.mask[tile.inner] > 0
+        if person.any():
+            total += float(result.answer[tile.inner][person].sum(dtype=np.float64))
+    return total / np.count_nonzero(result.mask)

@@ -12,8 +12,8 @@ from segtrain.images import Pixels, encode_image
 from segtrain.prediction.backgrounds import MakeBackground
 from segtrain.prediction.cleaning import clean as cleaned
 from segtrain.prediction.jobs import Job
-from segtrain.prediction.network import Probability
 from segtrain.prediction.outputs import OUTPUTS, Composition, Result
+from segtrain.prediction.probability import Probability
 from segtrain.prediction.refine import refine as refined
 
 
@@ -41,7 +41,7 @@ class Finishing:
             ResourceError: an output cannot be written.
         """
         result = improved(
-            Result(image=image, probability=probability), refine=self.refine, clean=self.clean
+            Result(image=image, answer=probability), refine=self.refine, clean=self.clean
         )
         _write(job, Composition(result, self.make_background))
         if self.describe:
@@ -49,17 +49,16 @@ class Finishing:
             from segtrain.prediction.description import describe
 
             return describe(result)
-        return {"person_share": float(np.count_nonzero(result.mask) / result.probability.size)}
+        return {"person_share": float(np.count_nonzero(result.mask) / result.mask.size)}
 
 
 def improved(result: Result, *, refine: bool, clean: bool) -> Result:
     """Refined first: what is small is only known when the edge is where it belongs."""
-    probability = result.probability
     if refine:
-        probability = refined(result.image, probability)
+        result = Result(image=result.image, answer=refined(result.image, result.probability))
     if clean:
-        probability = cleaned(probability)
-    return Result(image=result.image, probability=probability)
+        result = Result(image=result.image, answer=cleaned(result.probability))
+    return result
 
 
 def _write(job: Job, composition: Composition) -> None:

@@ -16,8 +16,8 @@ _REACH = _WIDE // 2 + _NARROW // 2
 _NOTHING = np.float32(1e-8)
 
 
-def clean_foreground(image: Pixels, alpha: Pixels) -> Pixels:
-    """The colours that the person has without the background: what a new one must be mixed with.
+def make_cutout(image: Pixels, alpha: Pixels) -> Pixels:
+    """The person alone, in the colours that the person has without the background.
 
     An edge pixel of a photo is a mixture, I = alpha F + (1 - alpha) B. Laid over another background
     it would bring B along as a halo; F does not.
@@ -27,18 +27,23 @@ def clean_foreground(image: Pixels, alpha: Pixels) -> Pixels:
         alpha: H W uint8, opacity of the person.
 
     Returns:
-        H W 3 uint8: the photo's own pixels where alpha is 255, zero where it is 0, F between.
+        H W 4 uint8 RGBA, colours and `alpha`: the photo's own pixels where alpha is 255, F at the
+        edge, and zero where alpha is, so that nothing of the old background hides in the file.
     """
     size = image.shape[0], image.shape[1]
-    foreground = image.copy()
-    np.copyto(foreground, 0, where=(alpha == 0)[..., None])
+    cutout = np.empty((*size, 4), dtype=np.uint8)
+    foreground = cutout[..., :3]
     for tile in tiles(size, reach=0):
+        cutout[(*tile.inner, 3)] = alpha[tile.inner]
+        np.multiply(
+            image[tile.inner], (alpha[tile.inner] > 0)[..., None], out=foreground[tile.inner]
+        )
         edge = _soft_region(alpha, tile.inner)
         if edge is not None:
             seen = tile_at(edge, size, _REACH)
             estimated = blurred_fusion(image[seen.outer], alpha[seen.outer])[seen.core]
             np.copyto(foreground[edge], estimated, where=_is_soft(alpha[edge])[..., None])
-    return foreground
+    return cutout
 
 
 def _soft_region(alpha: Pixels, within: Region) -> Region | None:

@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from segtrain.images import Pixels
+from segtrain.prediction.probability import Probability
 
 if TYPE_CHECKING:  # the configuration's checks take a tenth of a second to import
     from segtrain.config import Precision, Tta
-
-Probability = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +38,16 @@ class Network(Protocol):
         """Which network on which device, for people."""
         ...
 
+    @property
+    def at_once(self) -> int:
+        """How many pictures of one size it is best asked about together."""
+        ...
+
     def probs(self, pictures: Sequence[Pixels]) -> list[Probability]:
         """Probability of person at every pixel of every picture.
 
         Args:
-            pictures: H W 3 uint8 RGB, upright, of any sizes; equal sizes may go together.
+            pictures: H W 3 uint8 RGB, upright, of any sizes; neighbours of one size go together.
 
         Returns:
             H W float32 in 0..1 for each, at its own size.

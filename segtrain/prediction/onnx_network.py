@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from segtrain.asking import Asking
 from segtrain.errors import CheckpointError, UsageError
 from segtrain.images import Pixels, resize_short_side, scaled_size
-from segtrain.prediction.network import HowToRun, Probability
+from segtrain.prediction.network import HowToRun
 from segtrain.prediction.onnx_session import OnnxSession
+from segtrain.prediction.probability import Enlarged, Probability, Values
 from segtrain.tiles import automatic_side, spans, weights
 
 
@@ -37,6 +37,7 @@ class OnnxNetwork:
             )
         self._asking = Asking(short_side=how.size or about.short_side, tta=how.tta, tile=how.tile)
         provider = self._session.provider.removesuffix("ExecutionProvider")
+        self.at_once = 1
         self.description = f"{about.model['name']} ({about.precision}) on onnxruntime {provider}"
 
     def probs(self, pictures: Sequence[Pixels]) -> list[Probability]:
@@ -48,21 +49,21 @@ class OnnxNetwork:
         return [self._probs_of(picture) for picture in pictures]
 
     def _probs_of(self, picture: Pixels) -> Probability:
-        total = np.zeros(picture.shape[:2], dtype=np.float32)
-        for view in _views(picture, self._asking):
-            total += _enlarged(self._look(view), picture.shape[:2])
-            if self._asking.tta != "none":
-                total += _enlarged(self._look(view[:, ::-1])[:, ::-1], picture.shape[:2])
-        total /= self._asking.num_views
-        return total
+        answers = [self._with_mirror_image(view) for view in _views(picture, self._asking)]
+        return Enlarged(answers, (picture.shape[0], picture.shape[1]))
 
-    def _look(self, view: Pixels) -> Probability:
+    def _with_mirror_image(self, view: Pixels) -> Values:
+        if self._asking.tta == "none":
+            return self._look(view)
+        return (self._look(view) + self._look(view[:, ::-1])[:, ::-1]) / np.float32(2)
+
+    def _look(self, view: Pixels) -> Values:
         """Probabilities h w of a scaled picture h w 3, whole or by tiles."""
         height, width = view.shape[:2]
         tile = self._asking.tile
         side = automatic_side(height, width) if tile == "auto" else tile
         if side is None:
-            whole: Probability = self._session.probs(view[None])[0]
+            whole: Values = self._session.probs(view[None])[0]
             return whole
         probs = np.zeros((height, width), dtype=np.float32)
         columns = list(zip(spans(width, side), weights(width, side), strict=True))
@@ -86,11 +87,3 @@ def _views(picture: Pixels, asking: Asking) -> Iterator[Pixels]:
         scaled = Image.fromarray(largest).resize((width, height), Image.Resampling.BILINEAR)
         yield np.asarray(scaled)
     yield largest
-
-
-def _enlarged(probs: Probability, size: tuple[int, ...]) -> Probability:
-    """h w scaled to `size`, height and width."""
-    if probs.shape == size:
-        return probs
-    scaled = cv2.resize(probs, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-    return np.asarray(scaled, dtype=np.float32)

@@ -7,47 +7,52 @@ from functools import cached_property
 import numpy as np
 
 from segtrain.images import DeepPixels, Pixels
-from segtrain.prediction.alpha import Probability, make_alpha, make_mask
+from segtrain.prediction.alpha import make_alpha, make_mask
 from segtrain.prediction.backgrounds import TRANSPARENT, MakeBackground
 from segtrain.prediction.compose import (
     checkerboard,
-    make_cutout,
     make_overlay,
     make_panel,
     put_on_background,
 )
-from segtrain.prediction.foreground import clean_foreground
+from segtrain.prediction.foreground import make_cutout
+from segtrain.prediction.probability import Probability, Values
+from segtrain.prediction.regions import tiles
 
 
 @dataclass(frozen=True)
 class Result:
     """What the network says about one picture, and what is the same for all outputs.
 
-    image: H W 3 uint8 RGB, upright. probability: H W float32 in 0..1, of person; refined and
-    cleaned before, if it shall be.
+    image: H W 3 uint8 RGB, upright. answer: the probability of person at each of its pixels;
+    refined and cleaned before, if it shall be.
     """
 
     image: Pixels
-    probability: Probability
+    answer: Probability
+
+    @cached_property
+    def probability(self) -> Values:
+        """Of person, H W float32 in 0..1."""
+        return np.asarray(self.answer, dtype=np.float32)
 
     @cached_property
     def mask(self) -> Pixels:
         """H W uint8: 255 person, 0 background."""
-        return make_mask(self.probability)
+        return make_mask(self.answer)
 
     @cached_property
     def alpha(self) -> Pixels:
         """Opacity of the person, H W uint8: soft at the edge, solid inside."""
-        return make_alpha(self.probability)
+        return make_alpha(self.answer)
 
     @cached_property
-    def foreground(self) -> Pixels:
-        """The person's own colours, H W 3 uint8; zero where nothing of the person is."""
-        return clean_foreground(self.image, self.alpha)
+    def _cutout(self) -> Pixels:
+        return make_cutout(self.image, self.alpha)
 
     def cutout(self) -> Pixels:
-        """H W 4 uint8 RGBA with soft edges."""
-        return make_cutout(self.foreground, self.alpha)
+        """The person alone, H W 4 uint8 RGBA with soft edges; transparent pixels are all zero."""
+        return self._cutout
 
 
 class Composition:
@@ -62,14 +67,15 @@ class Composition:
         background = self._make_background(self.result.image, self.result.alpha)
         if background is None:
             return self.result.cutout()
-        return put_on_background(self.result.foreground, self.result.alpha, background)
+        put_on_background(self.result.cutout(), background)
+        return background
 
     def panel(self) -> Pixels:
         """original | new background | mask; no background is shown as a checkerboard."""
         shown, result = self.composed, self.result
         if shown.shape[2] == 4:
-            checks = checkerboard(*result.mask.shape)
-            shown = put_on_background(result.foreground, result.alpha, checks)
+            shown = checkerboard(*result.mask.shape)
+            put_on_background(result.cutout(), shown)
         return make_panel(result.image, shown, result.mask)
 
     def overlay(self) -> Pixels:
@@ -78,8 +84,11 @@ class Composition:
 
     def probability(self) -> DeepPixels:
         """H W uint16: 0 surely background, 65535 surely person."""
-        levels = np.rint(self.result.probability * np.float32(65535))
-        return np.asarray(levels, dtype=np.uint16)
+        height, width = self.result.answer.shape
+        levels = np.empty((height, width), dtype=np.uint16)
+        for tile in tiles((height, width), reach=0):
+            levels[tile.inner] = np.rint(self.result.answer[tile.inner] * np.float32(65535))
+        return levels
 
 
 @dataclass(frozen=True)

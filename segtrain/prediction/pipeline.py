@@ -17,7 +17,8 @@ from segtrain.cores import usable_cores
 from segtrain.errors import DataError
 from segtrain.images import Picture, Pixels
 from segtrain.prediction.jobs import Job
-from segtrain.prediction.network import Network, Probability
+from segtrain.prediction.network import Network
+from segtrain.prediction.probability import Probability
 from segtrain.stopping import check
 
 Facts = Mapping[str, Any]
@@ -74,7 +75,6 @@ class Pipeline:
         weigh: how many pixels a job will have, at a glance; 0 where that cannot be seen.
         read: decodes the picture of a job; its DataError costs this picture only.
         finish: makes and writes the outputs of a job; as `read` does.
-        at_once: how many pictures of one size the network gets together, at most.
     """
 
     def __init__(
@@ -84,16 +84,13 @@ class Pipeline:
         weigh: Callable[[Job], int],
         read: Callable[[Job], Picture],
         finish: Finish,
-        at_once: int = 1,
     ) -> None:
         self._waiting = deque(jobs)
         self._weigh, self._read, self._finish = weigh, read, finish
-        self._at_once = at_once
         self._flights: deque[_Flight] = deque()
-        threads = usable_cores()
-        self._pool = ThreadPoolExecutor(threads, "pictures")
-        # So many keep all threads busy while the network has a batch and the next one waits.
-        self._at_most = 2 * (threads + at_once)
+        self._threads = usable_cores()
+        self._pool = ThreadPoolExecutor(self._threads, "pictures")
+        self._at_once = 1
         self.num_done = 0
 
     def __enter__(self) -> Self:
@@ -112,10 +109,14 @@ class Pipeline:
     def outcomes(self, network: Network) -> Iterator[Outcome]:
         """Every job's outcome, in the order of the jobs.
 
+        Args:
+            network: gets pictures of one size together, as many as it likes best.
+
         Raises:
             Stopped: a signal has come.
             Exception: whatever the network, or a step but for its DataError, raises.
         """
+        self._at_once = network.at_once
         while self._flights or self._waiting:
             self._let_in()
             unasked = [flight for flight in self._flights if flight.ending is None]
@@ -128,7 +129,9 @@ class Pipeline:
 
     def _let_in(self) -> None:
         taken = sum(flight.room for flight in self._flights)
-        while self._waiting and len(self._flights) < self._at_most:
+        # So many keep all threads busy while the network has a batch and the next one waits.
+        at_most = 2 * (self._threads + self._at_once)
+        while self._waiting and len(self._flights) < at_most:
             job = self._waiting[0]
             room = self._weigh(job) * _BYTES_PER_PIXEL
             if self._flights and taken + room > _ROOM:

@@ -72,7 +72,7 @@ class Predictor:
         """
         pixels = _pixels(image)
         [probability] = self._network.probs([pixels])
-        result = Result(image=pixels, probability=probability)
+        result = Result(image=pixels, answer=probability)
         return improved(result, refine=self._refine, clean=self._clean)
 
 

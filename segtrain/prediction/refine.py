@@ -6,8 +6,9 @@ import cv2
 import numpy as np
 
 from segtrain.images import Pixels
-from segtrain.prediction.alpha import STEEPNESS, SURE_BACKGROUND, SURE_PERSON, Probability
+from segtrain.prediction.alpha import STEEPNESS, SURE_BACKGROUND, SURE_PERSON
 from segtrain.prediction.guided_filter import Plane, apply_coefficients, guided_coefficients
+from segtrain.prediction.probability import Values
 from segtrain.prediction.regions import tiles
 
 # The coefficients vary slowly: they are found in a copy of at most so many pixels.
@@ -22,7 +23,7 @@ _SMOOTHNESS = 1e-4
 _STRETCH, _LAST_STRETCH = 2.0, 1.5
 
 
-def refine(image: Pixels, probability: Probability) -> Probability:
+def refine(image: Pixels, probability: Values) -> Values:
     """Move the edges of a probability to the edges of the photo, down to single pixels.
 
     Three passes of a colour guided filter (`segtrain.prediction.guided_filter`) over the opacity.
@@ -87,7 +88,7 @@ def _steepened(values: Plane, steepness: float) -> Plane:
     return (0.5 + np.float32(steepness) * (values - np.float32(0.5))).clip(0, 1)
 
 
-def _with_opacity(probability: Probability, opacity: Plane) -> Probability:
+def _with_opacity(probability: Values, opacity: Plane) -> Values:
     """The probability that means this opacity; where that is 0 or 1, as sure as it was."""
     between = 0.5 + (opacity - 0.5) / STEEPNESS
     surely_person = np.maximum(probability, SURE_PERSON)

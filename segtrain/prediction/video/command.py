@@ -4,18 +4,21 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+
 from segtrain.files import atomic_write
 from segtrain.images import Pixels
 from segtrain.prediction.backgrounds import background_maker
-from segtrain.prediction.network import Network, Probability
+from segtrain.prediction.network import Network
 from segtrain.prediction.outputs import Composition, Result
+from segtrain.prediction.probability import Values
 from segtrain.prediction.video import VideoOutcome
 from segtrain.prediction.video.reading import Clip, Frame, open_clip
 from segtrain.prediction.video.smoothing import Smoother
 from segtrain.prediction.video.writing import writing
 from segtrain.progress import progress_bar
 
-_Compose = Callable[[Pixels, Probability], Pixels]
+_Compose = Callable[[Pixels, Values], Pixels]
 
 
 def convert(
@@ -41,9 +44,9 @@ def convert(
                 if not isinstance(piece, Frame):
                     film.add_sound(piece)
                     continue
-                [probability] = network.probs([piece.pixels])
+                [answer] = network.probs([piece.pixels])
                 seconds = float(piece.ticks * clip.facts.time_base)
-                probability = smoother.smooth(piece.pixels, probability, seconds)
+                probability = smoother.smooth(piece.pixels, np.asarray(answer), seconds)
                 film.add_frame(compose(piece.pixels, probability), piece.ticks, piece.duration)
                 tally.add(piece, probability)
                 bar.update()
@@ -58,7 +61,7 @@ class _Tally:
     def __init__(self) -> None:
         self._num_frames, self._start, self._end, self._person = 0, 0, 0, 0.0
 
-    def add(self, frame: Frame, probability: Probability) -> None:
+    def add(self, frame: Frame, probability: Values) -> None:
         if self._num_frames == 0:
             self._start = frame.ticks
         self._num_frames += 1
@@ -76,7 +79,7 @@ class _Tally:
 def _compose(background: str) -> _Compose:
     make_background = background_maker(background)
     return lambda pixels, probability: (
-        Composition(Result(image=pixels, probability=probability), make_background).composed
+        Composition(Result(image=pixels, answer=probability), make_background).composed
     )
 
 

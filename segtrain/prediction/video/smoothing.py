@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segtrain.images import Pixels
-from segtrain.prediction.network import Probability
+from segtrain.prediction.probability import Values
 
 # The past fades by a factor of e in this time: two or three frames of a usual clip.
 TIME_CONSTANT = 0.1
@@ -37,10 +37,10 @@ class Smoother:
 
     def __init__(self) -> None:
         self._grey: _Grey | None = None
-        self._smooth: Probability | None = None
+        self._smooth: Values | None = None
         self._seconds = 0.0
 
-    def smooth(self, pixels: Pixels, probability: Probability, seconds: float) -> Probability:
+    def smooth(self, pixels: Pixels, probability: Values, seconds: float) -> Values:
         """The next frame's probabilities, averaged with what came before.
 
         Args:
