@@ -1,5 +1,5 @@
-"""U-Net on torchvision's networks: the encoders against torchvision, the decoder against an oracle,
-and ImageNet's weights from files that may be anything.
+"""U-Net with an encoder: the encoders against torchvision, the decoder against an oracle, and
+ImageNet's weights from files that may be anything.
 """
 
 import builtins
@@ -9,6 +9,8 @@ import io
 import itertools
 import math
 import os
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Mapping
 from email.message import Message
@@ -23,6 +25,8 @@ from test_models import random_image, trained_look
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
+from segtrain.checkpoint import Checkpoint, save_checkpoint
+from segtrain.config import Config, ModelConfig
 from segtrain.errors import CheckpointError, ResourceError, UsageError
 from segtrain.models import build_model
 from segtrain.models.encoder_unet import EncoderUNet
@@ -234,7 +238,7 @@ def test_levels_of_an_odd_stride_are_the_nearest() -> None:
     assert [output.level for output in encoder.outputs] == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("size", [(64, 64), (97, 70)], ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (97, 70), (65, 131)], ids=str)
 def test_features_are_those_of_torchvisions_own_modules(
     name: str, trunk: nn.Module, encoder: Encoder, size: tuple[int, int]
 ) -> None:
@@ -246,7 +250,64 @@ def test_features_are_those_of_torchvisions_own_modules(
         expected = features_by_hooks(trunk, name, x)
     assert len(features) == len(expected)
     for actual, wanted in zip(features, expected, strict=True):
-        assert_same(actual, wanted)
+        assert_same(actual, wanted, within=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg16_bn", "mobilenet_v3_large"])
+def test_a_step_of_training_is_that_of_torchvisions_own_modules(name: str) -> None:
+    """Gradients and running statistics, with batch norm going by the batch."""
+    trunk = trunk_of(hollow_net(name)).requires_grad_(True)
+    encoder = Encoder(cast(EncoderName, name))
+    encoder.load_state_dict(trunk.state_dict())
+    x = torch.randn(2, 3, 70, 65, generator=torch.Generator().manual_seed(10))
+    features = encoder.train()(x)
+    sum(feature.square().mean() for feature in features).backward()
+    expected = features_by_hooks(trunk.train(), name, x)
+    sum(feature.square().mean() for feature in expected).backward()
+    theirs = dict(trunk.named_parameters())
+    assert [key for key, _ in encoder.named_parameters()] == list(theirs)
+    for key, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, key
+        assert_same(parameter.grad, cast(Tensor, theirs[key].grad))
+    for key, value in encoder.named_buffers():
+        torch.testing.assert_close(value, trunk.get_buffer(key))
+
+
+RESTORE = """
+import sys
+from pathlib import Path
+import torch
+from segtrain.checkpoint import load_checkpoint, restore_model
+heavy = {"torchvision", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+path = Path(sys.argv[1])
+with torch.inference_mode():
+    logits = restore_model(load_checkpoint(path), path)(torch.zeros(1, 3, 40, 50).byte())
+assert logits.shape == (1, 2, 40, 50)
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+
+
+@pytest.mark.parametrize("name", ["resnet34", "vgg16"])
+def test_a_checkpoint_is_restored_without_torchvision_or_torchs_compiler(
+    name: str, tmp_path: Path
+) -> None:
+    """Importing those takes as long as torch itself, and a cold `segtrain predict` waits for it."""
+    kwargs = {"encoder": name, "base_channels": 1}
+    save_checkpoint(
+        tmp_path / "best.pt",
+        Checkpoint(
+            config=Config(model=ModelConfig(kwargs=kwargs)),
+            weights=build_model("unet", **kwargs).state_dict(),
+            epoch=0,
+            global_step=0,
+            metrics={},
+        ),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", RESTORE, str(tmp_path / "best.pt")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_last_features_are_those_of_the_whole_trunk(

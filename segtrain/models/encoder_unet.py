@@ -1,4 +1,4 @@
-"""U-Net whose contracting path is a torchvision network, and the choice between the two U-Nets."""
+"""U-Net with an encoder as contracting path, and the choice between the two U-Nets."""
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +112,7 @@ def unet(
     depth: int | None = None,
     drop_rate: float = 0.0,
 ) -> nn.Module:
-    """The U-Net of the paper's shape or, with `encoder`, on a torchvision network.
+    """The U-Net of the paper's shape or, with `encoder`, on a classification network.
 
     `depth` (4) and `padding` belong to the former, `pretrained` to the latter; `base_channels` is
     64 without an encoder and 16 with one.

@@ -1,8 +1,7 @@
-"""Encoders from torchvision: classification networks without what follows their last features."""
+"""Encoders: classification networks, torchvision's, without what follows their last features."""
 
-import copy
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 from urllib.error import URLError
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from segtrain.errors import CheckpointError, ResourceError
+from segtrain.models.resnet import resnet
+from segtrain.models.vgg import alexnet, vgg
 from segtrain.stopping import at_once
 
 EncoderName = Literal[
@@ -28,9 +29,6 @@ EncoderName = Literal[
 ]
 ENCODERS: tuple[str, ...] = get_args(EncoderName)
 
-# Pictures on which the shapes of the features are looked up; a power of two tells the halvings.
-_PROBE_SIZE = 256
-
 
 class Feature(NamedTuple):
     """The last output of an encoder before H and W become smaller.
@@ -45,10 +43,39 @@ class Feature(NamedTuple):
     level: int
 
 
-class Encoder(nn.Module):
-    """A torchvision network up to its average pooling, stage by stage.
+# Written down, for a pass without memory, on torch's meta device, imports half of its compiler. The
+# tests find the same in torchvision's networks.
+_FEATURES: dict[EncoderName, list[tuple[int, int, int]]] = {
+    "vgg16": [(3, 64, 0), (8, 128, 1), (15, 256, 2), (22, 512, 3), (29, 512, 4), (30, 512, 5)],
+    "vgg16_bn": [(5, 64, 0), (12, 128, 1), (22, 256, 2), (32, 512, 3), (42, 512, 4), (43, 512, 5)],
+    "vgg19": [(3, 64, 0), (8, 128, 1), (17, 256, 2), (26, 512, 3), (35, 512, 4), (36, 512, 5)],
+    "vgg19_bn": [(5, 64, 0), (12, 128, 1), (25, 256, 2), (38, 512, 3), (51, 512, 4), (52, 512, 5)],
+    "alexnet": [(1, 64, 2), (4, 192, 3), (11, 256, 4), (12, 256, 5)],
+    "resnet18": [(2, 64, 1), (5, 64, 2), (7, 128, 3), (9, 256, 4), (11, 512, 5)],
+    "resnet34": [(2, 64, 1), (6, 64, 2), (10, 128, 3), (16, 256, 4), (19, 512, 5)],
+    "resnet50": [(2, 64, 1), (6, 256, 2), (10, 512, 3), (16, 1024, 4), (19, 2048, 5)],
+    "mobilenet_v3_large": [(1, 16, 1), (3, 24, 2), (6, 40, 3), (12, 112, 4), (16, 960, 5)],
+    "efficientnet_b0": [(1, 16, 1), (2, 24, 2), (3, 40, 3), (5, 112, 4), (8, 1280, 5)],
+    "convnext_tiny": [(1, 96, 2), (3, 192, 3), (5, 384, 4), (7, 768, 5)],
+}
 
-    The weights have torchvision's own names.
+# Ours, which do without torchvision: importing that takes as long as importing torch.
+_OURS: dict[EncoderName, Callable[[], nn.Module]] = {
+    "vgg16": partial(vgg, (2, 2, 3, 3, 3), norm=False),
+    "vgg16_bn": partial(vgg, (2, 2, 3, 3, 3), norm=True),
+    "vgg19": partial(vgg, (2, 2, 4, 4, 4), norm=False),
+    "vgg19_bn": partial(vgg, (2, 2, 4, 4, 4), norm=True),
+    "alexnet": alexnet,
+    "resnet18": partial(resnet, (2, 2, 2, 2), bottleneck=False),
+    "resnet34": partial(resnet, (3, 4, 6, 3), bottleneck=False),
+    "resnet50": partial(resnet, (3, 4, 6, 3), bottleneck=True),
+}
+
+
+class Encoder(nn.Module):
+    """A classification network up to its average pooling, stage by stage.
+
+    The weights have torchvision's names.
 
     Args:
         name: one of ENCODERS.
@@ -59,14 +86,14 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, name: EncoderName) -> None:
-        from torchvision.models import get_model
-
         super().__init__()
-        for key, child in get_model(name, weights=None).named_children():
+        for key, child in _network(name).named_children():
             if key == "avgpool":
                 break
             self.add_module(key, child)
-        self.outputs, self.min_size = _probe(list(self.stages()))
+        self.outputs = [Feature(*feature) for feature in _FEATURES[name]]
+        # AlexNet's pooling has windows wider than their stride, and they must fit.
+        self.min_size = 64 if name == "alexnet" else 32
 
     def stages(self) -> Iterator[nn.Module]:
         """What is applied one after another."""
@@ -84,35 +111,12 @@ class Encoder(nn.Module):
         return features
 
 
-def _probe(stages: list[nn.Module]) -> tuple[list[Feature], int]:
-    """Where H and W become smaller, and from which size on it works at all; costs no computing."""
-    shapes = _shapes(stages, _PROBE_SIZE)
-    features = []
-    for i, shape in enumerate(shapes):
-        if i == len(shapes) - 1 or shapes[i + 1][2] < shape[2]:
-            features.append(Feature(i, shape[1], round(math.log2(_PROBE_SIZE / shape[2]))))
-    size = 2 ** features[-1].level
-    while not _goes_through(stages, size):
-        size *= 2
-    return features, size
+def _network(name: EncoderName) -> nn.Module:
+    if name in _OURS:
+        return _OURS[name]()
+    from torchvision.models import get_model
 
-
-def _shapes(stages: list[nn.Module], size: int) -> list[torch.Size]:
-    shapes = []
-    x = torch.empty(1, 3, size, size, device="meta")
-    with torch.no_grad():
-        for stage in stages:
-            x = copy.deepcopy(stage).to("meta").eval()(x)
-            shapes.append(x.shape)
-    return shapes
-
-
-def _goes_through(stages: list[nn.Module], size: int) -> bool:
-    try:
-        _shapes(stages, size)
-    except RuntimeError:  # a window is larger than what is left of the picture
-        return False
-    return True
+    return get_model(name, weights=None)  # type: ignore[no-any-return]
 
 
 def read_pretrained(name: EncoderName, pretrained: Literal[True] | str) -> dict[str, Tensor]:
