@@ -7,6 +7,7 @@ catches the flipped bit that torch would load without a word.
 
 import hashlib
 import io
+import math
 import pickle
 import pickletools
 import re
@@ -202,10 +203,17 @@ def _plain(value: Any) -> Any:
 
 def _all_finite(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return bool(value.isfinite().all())
+        return _is_finite(value)
     if isinstance(value, dict | list):
         return all(map(_all_finite, value.values() if isinstance(value, dict) else value))
     return True
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype == torch.float32 and tensor.numel() > 0:
+        # A tenth of isfinite's time, which makes several copies; NaN becomes both extremes.
+        return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
+    return bool(tensor.isfinite().all())
 
 
 def _check_pickle(data: bytes) -> None:
@@ -231,7 +239,7 @@ def _check_content(content: dict[Any, Any], path: Path) -> None:
             bytes_left -= value.numel() * value.element_size()
             if bytes_left < 0 or not value.is_contiguous() or value.is_conj() or value.is_neg():
                 raise CheckpointError(f"{path} holds a tensor with a false shape; do not use it")
-            if not bool(value.isfinite().all()):
+            if not _is_finite(value):
                 raise CheckpointError(f"{path} holds NaN or infinite numbers; use an earlier one")
         elif isinstance(value, dict | list):
             if id(value) in seen or depth > _DEEPEST:

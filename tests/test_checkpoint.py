@@ -23,6 +23,7 @@ from torch import Tensor
 from segtrain.checkpoint import (
     Checkpoint,
     _digest,
+    _is_finite,
     load_checkpoint,
     restore_model,
     save_checkpoint,
@@ -476,6 +477,26 @@ def test_numbers_that_are_none_are_refused(path: Path, place: str, bad: float) -
     poisoned[617] = bad
     save_signed(path, changed(**{place: {"a": [poisoned]}}))
     assert "NaN" in assert_refused(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_numbers_that_are_none_are_found_wherever_they_are(bad: float, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    for length in (1, 2, 7, 8, 9, 16, 31, 70):
+        good = torch.tensor([largest, -largest, 0.0, 1e-40], dtype=dtype).repeat(length)[:length]
+        assert _is_finite(good)
+        for i in range(length):
+            poisoned = good.clone()
+            poisoned[i] = bad
+            assert not _is_finite(poisoned), (length, i)
+    for shape in ((), (0,), (2, 0)):
+        assert _is_finite(torch.zeros(shape, dtype=dtype))
+    # Wide enough for several threads.
+    poisoned = torch.zeros(3, 100_000, dtype=dtype)
+    assert _is_finite(poisoned)
+    poisoned[2, 77_777] = bad
+    assert not _is_finite(poisoned)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
