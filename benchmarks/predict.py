@@ -188,7 +188,8 @@ def one(folder: Path) -> None:
     from segtrain import cli
 
     photo = str(folder / "photos" / "000.jpg")
-    assert cli.run(["predict", photo, "-o", str(folder / "one"), "--overwrite"]) == 0
+    sys.argv = ["segtrain", "predict", photo, "-o", str(folder / "one"), "--overwrite"]
+    cli.main()
 
 
 CHILDREN = {

@@ -1,5 +1,6 @@
 """Errors as part of the product: one line, the right exit code, nothing lost."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from interruptions import session_members
 
 from segtrain import __version__
 from segtrain.checkpoint import load_checkpoint
-from segtrain.cli import _one_line
+from segtrain.cli import _one_line, main
 
 USAGE, DATA, CHECKPOINT, RESOURCE, DIVERGED = 2, 3, 4, 5, 6
 
@@ -205,3 +206,13 @@ def test_a_signal_ends_training_with_its_code_and_keeps_the_last_epoch(
     assert last.exists()
     assert not list(last.parent.glob(".*.tmp"))
     assert session_members(process.pid) == [], "orphans"
+
+
+def test_the_process_ends_without_a_last_look_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    monkeypatch.setattr(sys, "argv", ["segtrain", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert frozen
