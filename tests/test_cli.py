@@ -216,3 +216,16 @@ def test_the_process_ends_without_a_last_look_for_garbage(monkeypatch: pytest.Mo
         main()
     assert ended.value.code == 0
     assert frozen
+
+
+@pytest.mark.slow
+def test_an_export_ends_without_a_word_of_leaks(exported_unet: tuple[Path, Path]) -> None:
+    command = ["export", "--checkpoint", str(exported_unet[0]), "--output", "again.onnx"]
+    done = subprocess.run(
+        [sys.executable, "-m", "segtrain", *command],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert "leak" not in done.stderr
