@@ -189,6 +189,64 @@ def test_cuda_that_this_onnxruntime_has_not(exported_unet: tuple[Path, Path]) ->
         OnnxNetwork(exported_unet[1], HowToRun(device="cuda"))
 
 
+BROKEN_CUDA = {
+    "without a word": "cannot be loaded",
+    "CUDA failure 101: invalid device ordinal": "invalid device ordinal",
+}
+
+
+@pytest.fixture(params=BROKEN_CUDA)
+def problem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An onnxruntime built for CUDA that cannot use it: it takes the CPU silently, or raises."""
+    import onnxruntime
+
+    real_session = onnxruntime.InferenceSession
+    takes_the_cpu = request.param == "without a word"
+
+    def session(content: bytes, options: Any, *, providers: Any, **others: Any) -> Any:
+        if providers[0][0] == "CUDAExecutionProvider" and not takes_the_cpu:
+            raise RuntimeError(request.param)
+        return real_session(content, options, providers=["CPUExecutionProvider"], **others)
+
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    return BROKEN_CUDA[request.param]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_that_cannot_be_used_is_refused_where_it_was_asked_for(
+    exported_unet: tuple[Path, Path], problem: str, device: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        OnnxNetwork(exported_unet[1], HowToRun(device=device))
+
+    for words in (f"--device {device} ", problem, "--device cpu"):
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_takes_the_cpu_where_cuda_cannot_be_used_and_says_so(
+    exported_unet: tuple[Path, Path], problem: str
+) -> None:
+    picture = random_images(1, 60, 80)[0]
+    [expected] = OnnxNetwork(exported_unet[1], HowToRun(device="cpu")).probs([picture])
+
+    network = OnnxNetwork(exported_unet[1], HowToRun())
+
+    assert "onnxruntime CPU, for it cannot use CUDA" in network.description
+    assert problem in network.description
+    np.testing.assert_array_equal(network.probs([picture])[0], expected)
+
+
+def test_a_damaged_file_is_not_blamed_on_cuda(tmp_path: Path, problem: str) -> None:
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(b"no network")
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        OnnxNetwork(path, HowToRun(device="cuda"))
+
+
 # --- Files from strangers -----------------------------------------------------------------------
 
 

@@ -20,8 +20,8 @@ class OnnxNetwork:
 
     Raises:
         CheckpointError: the file is missing, damaged or not such a file.
-        UsageError: onnxruntime is not installed or has no such device, or another precision is
-            asked for than the file's own.
+        UsageError: onnxruntime is not installed or cannot use such a device, or another precision
+            is asked for than the file's own.
     """
 
     def __init__(self, path: Path, how: HowToRun) -> None:
@@ -36,9 +36,10 @@ class OnnxNetwork:
                 f"{path} computes in {about.precision}; export with --precision {how.precision}"
             )
         self._asking = Asking(short_side=how.size or about.short_side, tta=how.tta, tile=how.tile)
-        provider = self._session.provider.removesuffix("ExecutionProvider")
         self.at_once = 1
-        self.description = f"{about.model['name']} ({about.precision}) on onnxruntime {provider}"
+        self.description = (
+            f"{about.model['name']} ({about.precision}) on onnxruntime {self._session.device}"
+        )
 
     def probs(self, pictures: Sequence[Pixels]) -> list[Probability]:
         """As `segtrain.prediction.network.Network.probs`.

@@ -4,16 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from segtrain.cores import usable_cores
 from segtrain.errors import CheckpointError, UsageError
 from segtrain.extras import needed
 from segtrain.images import Pixels
 from segtrain.prediction.metadata import Metadata
+from segtrain.prediction.probability import Values
 
-Probability = npt.NDArray[np.float32]
-
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _ONLY_FATAL = 4
 # The key under which a tensor names the file, or the place in memory, that its numbers lie in.
 _ELSEWHERE = b"location"
@@ -25,24 +24,31 @@ class OnnxSession:
     Args:
         content: of the file. It is read from memory, so it can name no other file.
         path: named in errors only.
-        device: auto, cpu, cuda or cuda:N; auto takes CUDA where this onnxruntime has it.
+        device: auto, cpu, cuda or cuda:N; auto takes CUDA where this onnxruntime can use it.
+
+    Attributes:
+        device: on what it runs, for people.
+        metadata: what `segtrain export` wrote of the network.
 
     Raises:
         CheckpointError: it is damaged, needs other files or operators of its own, or was not
             written by `segtrain export`.
-        UsageError: onnxruntime is not installed, or has no such device.
+        UsageError: onnxruntime is not installed, or cannot use such a device.
     """
 
     def __init__(self, content: bytes, path: Path, device: str = "cpu") -> None:
         ort: Any = needed("onnxruntime", "onnx")
         self._path = path
-        self.provider, options = _provider(ort, device)
+        provider, options = _provider(ort, device)
         if _ELSEWHERE in content:
             raise CheckpointError(f"{path} wants numbers from other files; export it in one file")
         try:
-            self._session = ort.InferenceSession(
-                content, _options(ort), providers=[(self.provider, options)]
-            )
+            if provider == _CUDA:
+                self._session, self.device = _on_cuda(ort, content, device, options)
+            else:
+                self._session, self.device = _opened(ort, content, _CPU, {}), "CPU"
+        except UsageError:
+            raise
         except Exception as error:  # onnxruntime's own errors have no common class
             raise CheckpointError(
                 f"{path} is damaged or no network for onnxruntime; export it again "
@@ -55,7 +61,7 @@ class OnnxSession:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be used: {error}") from None
 
-    def probs(self, images: Pixels) -> Probability:
+    def probs(self, images: Pixels) -> Values:
         """N H W 3 uint8 RGB → N H W float32 in 0..1, the probability of person.
 
         Raises:
@@ -85,17 +91,47 @@ class OnnxSession:
 
 def _provider(ort: Any, device: str) -> tuple[str, dict[str, str]]:
     """onnxruntime's name for a device, and its options."""
-    there = "CUDAExecutionProvider" in ort.get_available_providers()
+    there = _CUDA in ort.get_available_providers()
     kind, _, number = device.partition(":")
     if kind == "cpu" or (kind == "auto" and not there):
-        return "CPUExecutionProvider", {}
+        return _CPU, {}
     if kind not in {"auto", "cuda"} or (number and not number.isdecimal()):
         raise UsageError(f"--device {device!r} is unknown; use auto, cpu, cuda or cuda:N")
     if not there:
         raise UsageError(
             f"this onnxruntime has no CUDA for --device {device}: pip install onnxruntime-gpu"
         )
-    return "CUDAExecutionProvider", {"device_id": number or "0"}
+    return _CUDA, {"device_id": number or "0"}
+
+
+def _on_cuda(ort: Any, content: bytes, device: str, options: dict[str, str]) -> tuple[Any, str]:
+    """A session and on what it runs: by `auto` the CPU, where CUDA is there but cannot be used.
+
+    Without cuDNN, say, onnxruntime takes the CPU and says nothing; other failures it raises.
+
+    Raises:
+        UsageError: it cannot be used, and `device` insists on it.
+    """
+    try:
+        session, problem = _opened(ort, content, _CUDA, options), "it cannot be loaded"
+        if _CUDA in session.get_providers():
+            return session, "CUDA"
+    except Exception as error:
+        # Whether the file is at fault shows on the CPU.
+        session, problem = _opened(ort, content, _CPU, {}), _reason(error)
+    if device != "auto":
+        raise UsageError(
+            f"onnxruntime cannot use CUDA for --device {device} ({problem}); install the CUDA and "
+            "cuDNN that it was built for, or use --device cpu"
+        )
+    return session, f"CPU, for it cannot use CUDA ({problem})"
+
+
+def _opened(ort: Any, content: bytes, provider: str, options: dict[str, str]) -> Any:
+    # With its fallback it would print a banner to stdout and go on with the CPU.
+    return ort.InferenceSession(
+        content, _options(ort), providers=[(provider, options)], enable_fallback=0
+    )
 
 
 def _options(ort: Any) -> Any:
