@@ -5,6 +5,8 @@ the memory is taken, and everything a decoder can raise becomes one DataError th
 """
 
 import io
+import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +38,10 @@ _REDUCED = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
+_PILLOW = r"PIL\."
+# As it stands in Python's list of filters.
+_PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(_PILLOW), 0)
+_HIDING = threading.Lock()
 # An MPO's other pictures are previews, depths or gain maps of the first: nobody misses them.
 _SEVERAL = {
     "TIFF": "has several pages; the first is taken",
@@ -177,11 +183,9 @@ def decoding(
         if not in_memory and not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
             raise DataError(f"{path} {what}; give the path of a picture")
-        with warnings.catch_warnings():
-            # Pillow warns about odd metadata and large files; both are dealt with here.
-            warnings.simplefilter("ignore")
-            Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
-            yield
+        _hide_pillows_warnings()
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+        yield
     except (DataError, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -191,6 +195,18 @@ def decoding(
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
         reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"cannot decode {path}: {reason}; replace the file") from error
+
+
+def _hide_pillows_warnings() -> None:
+    """Pillow warns about odd metadata and large files; both are dealt with here.
+
+    They stay hidden in this process. Python's filters are common to all threads: one that puts back
+    what it had found, as `warnings.catch_warnings` does, takes the filter away from another that is
+    still decoding, or brings it back for everything when all are done.
+    """
+    with _HIDING:
+        if _PILLOWS_WARNINGS not in warnings.filters[:1]:
+            warnings.filterwarnings("ignore", module=_PILLOW)
 
 
 def _check_size(picture: Image.Image, path: Path, max_pixels: int) -> None:

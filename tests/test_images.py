@@ -7,8 +7,10 @@ import signal
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -21,6 +23,7 @@ import segtrain
 from segtrain.errors import DataError, ResourceError
 from segtrain.files import atomic_write, write_text
 from segtrain.images import (
+    decoding,
     find_images,
     pixels_in,
     read_image,
@@ -135,6 +138,63 @@ def test_damaged_exif_does_not_cost_the_picture(exif: bytes, scene: Pixels, tmp_
     path = tmp_path / "a.jpg"
     Image.fromarray(scene).save(path, exif=b"Exif\0\0" + exif)
     assert difference(read_image(path), scene) <= LOSSY
+
+
+@pytest.fixture
+def odd_picture(scene: Pixels, tmp_path: Path) -> Path:
+    """Pillow warns of its EXIF, which is cut short."""
+    path = tmp_path / "odd.jpg"
+    Image.fromarray(scene).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        Image.open(path).close()
+    return path
+
+
+def test_pillows_warnings_stay_hidden_while_others_begin_and_end(odd_picture: Path) -> None:
+    read_image(odd_picture)
+    before = list(warnings.filters)
+    one, other = ExitStack(), ExitStack()  # as two threads would
+    one.enter_context(decoding(odd_picture))
+    other.enter_context(decoding(odd_picture))
+    one.close()
+
+    Image.open(odd_picture).close()  # in tests a warning is an error
+    other.close()
+
+    assert list(warnings.filters) == before
+
+
+def test_only_pillows_warnings_are_hidden(odd_picture: Path) -> None:
+    with pytest.warns(UserWarning, match="of somebody else"), decoding(odd_picture):
+        warnings.warn("of somebody else", stacklevel=1)
+
+
+READ_IN_THREADS = """
+import sys, warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from segtrain.images import read_image
+
+path = Path(sys.argv[1])
+read_image(path)
+before = list(warnings.filters)
+sys.setswitchinterval(1e-5)
+with ThreadPoolExecutor(8) as pool:
+    list(pool.map(read_image, [path] * 400))
+assert list(warnings.filters) == before
+"""
+
+
+def test_threads_that_read_leave_the_filters_and_the_screen_alone(odd_picture: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", READ_IN_THREADS, odd_picture],
+        env={**os.environ, "PYTHONPATH": str(Path(segtrain.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ------------------------------------------------------------------------- reading: colours, depth
