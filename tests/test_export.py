@@ -182,6 +182,39 @@ def test_a_file_that_exists_is_kept(segtrain: Command, exported_unet: tuple[Path
         assert Path(name).read_text() == "precious"
 
 
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+@pytest.mark.parametrize(("name", "option"), [("a.onnx", "onnx"), ("a.json", "safetensors")])
+def test_a_folder_in_its_place_is_told_before_any_work(
+    segtrain: Command,
+    exported_unet: tuple[Path, Path],
+    name: str,
+    option: str,
+    overwrite: tuple[str, ...],
+) -> None:
+    Path(name).mkdir()
+    output = Path(name).with_suffix(f".{option}")
+
+    finished = segtrain(
+        *("export", "--checkpoint", exported_unet[0], "--format", option),
+        *("--output", output, *overwrite),
+    )
+
+    assert_one_error(finished, 2, f"{name} is a folder", "another --output")
+    assert "making" not in finished.err
+    assert list(Path().rglob("*")) == [Path(name)]
+
+
+def test_a_file_in_place_of_its_folder_is_told_before_any_work(
+    segtrain: Command, exported_unet: tuple[Path, Path]
+) -> None:
+    Path("notes").write_text("precious")
+
+    finished = segtrain("export", "--checkpoint", exported_unet[0], "--output", "notes/deep/a.onnx")
+
+    assert_one_error(finished, 2, "notes is a file", "another --output")
+    assert Path("notes").read_text() == "precious"
+
+
 def test_a_run_gives_its_file_its_name(segtrain: Command, trained_run: Path) -> None:
     finished = segtrain("export", "--checkpoint", trained_run, "--format", "safetensors")
 

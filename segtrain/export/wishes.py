@@ -62,11 +62,11 @@ class Plan:
 
 
 def plan_export(wishes: Wishes) -> Plan:
-    """Find the checkpoint and see that nothing is overwritten.
+    """Find the checkpoint and see that the output can be written and overwrites nothing.
 
     Raises:
         CheckpointError: there is no checkpoint.
-        UsageError: the output exists.
+        UsageError: the output exists or is a folder, or it is to lie in what is none.
     """
     checkpoint, chosen_by = find_checkpoint(wishes.checkpoint)
     plan = Plan(
@@ -76,9 +76,19 @@ def plan_export(wishes: Wishes) -> Plan:
         output=wishes.output or Path(_name(checkpoint, wishes)),
     )
     for path in (plan.output, plan.beside):
-        if path is not None and path.exists() and not wishes.overwrite:
-            raise UsageError(f"{path} exists; use --overwrite or another --output")
+        if path is not None:
+            _check_place(path, overwrite=wishes.overwrite)
     return plan
+
+
+def _check_place(path: Path, *, overwrite: bool) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; choose another --output")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists; use --overwrite or another --output")
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is a file, not a folder; choose another --output")
 
 
 def _name(checkpoint: Path, wishes: Wishes) -> str:
