@@ -1,6 +1,7 @@
 """Writing a file so that a kill or a full disk leaves either the old one or the new one, whole."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,6 +72,18 @@ def sweep(folder: Path) -> int:
         with suppress(OSError):
             path.unlink()
     return len(left)
+
+
+def sweep_beside(path: Path) -> None:
+    """Remove the temporary files that killed writers of `path` left.
+
+    In a folder of the user's, where others may be being written, as opposed to `sweep`.
+    """
+    left = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")
+    for other in path.parent.glob(".*.tmp"):
+        if left.fullmatch(other.name):
+            with suppress(OSError):
+                other.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -216,10 +216,17 @@ def test_a_file_in_place_of_its_folder_is_told_before_any_work(
 
 
 def test_a_run_gives_its_file_its_name(segtrain: Command, trained_run: Path) -> None:
+    Path(".toy.safetensors.77.tmp").write_text("left by a killed export")
+    Path(".other.safetensors.77.tmp").write_text("being written")
+
     finished = segtrain("export", "--checkpoint", trained_run, "--format", "safetensors")
 
     assert finished.code == 0, finished.err
-    assert sorted(path.name for path in Path().iterdir()) == ["toy.json", "toy.safetensors"]
+    assert sorted(path.name for path in Path().iterdir()) == [
+        ".other.safetensors.77.tmp",
+        "toy.json",
+        "toy.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from PIL import EpsImagePlugin, Image
 
 import segtrain
 from segtrain.errors import DataError, ResourceError
-from segtrain.files import atomic_write, write_text
+from segtrain.files import atomic_write, sweep_beside, write_text
 from segtrain.images import (
     decoding,
     find_images,
@@ -615,6 +615,24 @@ def test_the_new_file_appears_only_when_it_is_whole_and_on_the_disk(
     assert seen_when_synced == ["old"]
     assert path.read_text() == "new text"
     assert files_in(tmp_path) == ["a.txt"]
+
+
+def test_only_what_killed_writers_of_a_file_left_is_swept(tmp_path: Path) -> None:
+    # The third is of "[a]+.mp4.part", and as a pattern the name would fit the fourth.
+    kept = [
+        "[a]+.mp4",
+        ".b.mp4.7.tmp",
+        ".[a]+.mp4.part.7.tmp",
+        ".aa.mp4.7.tmp",
+        ".[a]+.mp4.own.tmp",
+    ]
+    for name in [*kept, ".[a]+.mp4.7.tmp", ".[a]+.mp4.12345.tmp"]:
+        (tmp_path / name).touch()
+
+    sweep_beside(tmp_path / "[a]+.mp4")
+
+    assert files_in(tmp_path) == sorted(kept)
+    sweep_beside(tmp_path / "not" / "there")
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])

@@ -18,7 +18,7 @@ from segtrain.export.checking import TOLERANCE, Ask, ask_torch, largest_differen
 from segtrain.export.quality import data_to_measure_on, measure_loss, pictures_to_calibrate_on
 from segtrain.export.quantising import int8_bytes
 from segtrain.export.wishes import FormatName, Plan
-from segtrain.files import write_bytes, write_text
+from segtrain.files import sweep_beside, write_bytes, write_text
 from segtrain.prediction.metadata import INPUT, OUTPUT, Metadata
 from segtrain.prediction.network import HowToRun, open_network
 
@@ -58,6 +58,7 @@ def export(plan: Plan, *, tell: Tell) -> None:
         content = _like_torch(checkpoint, plan, metadata, tell)
     else:
         content = _in_lower_precision(checkpoint, plan, metadata, tell)
+    sweep_beside(plan.output)
     write_bytes(plan.output, content)
     if plan.beside is not None:
         write_text(plan.beside, json.dumps(metadata.as_tree(), indent=2) + "\n")
