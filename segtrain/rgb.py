@@ -1,4 +1,4 @@
-"""A picture that Pillow has decoded, as upright RGB bytes, in little memory.
+"""A picture as upright RGB bytes, in little memory: one that Pillow has decoded, or a frame.
 
 Pillow holds four bytes a pixel. What becomes of them is made in strips, for at 100 megapixels each
 further copy of the whole picture would take 300 or 400 MB.
@@ -48,6 +48,11 @@ def orientation_of(picture: Image.Image) -> int:
     """
     orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
     return int(orientation) if orientation in _TURNS else 1
+
+
+def is_on_its_side(orientation: int) -> bool:
+    """Whether height and width change places when the picture is turned upright."""
+    return orientation in _TURNS and _TURNS[orientation][0]
 
 
 def turned_upright(pixels: Pixels, orientation: int) -> Pixels:

@@ -238,6 +238,25 @@ def test_a_turned_clip_is_seen_and_written_upright(degrees: int, flipped: bool) 
     assert after.aspect == (1 / aspect if degrees % 180 else aspect)
 
 
+@pytest.mark.parametrize("width", [64, 70])  # 70 leaves room at the end of libav's rows
+def test_turning_leaves_the_frames_that_the_decoder_keeps_alone(width: int) -> None:
+    """QuickTime's animation decoder paints each frame over the one before, in RGB as it is."""
+    recipe = Recipe(
+        codec="qtrle",
+        options={},
+        pixel_format="rgb24",
+        picture=lambda number: moving_square(number // 3, 48, width),
+        rotation=(180, False),
+        sounds=(),
+    )
+    source = recipe.write(Path("clip.mov"))
+    after = look(predict(source, Everything()))
+
+    for number, frame in enumerate(after.frames):
+        upright = np.rot90(moving_square(number // 3, 48, width), 2)
+        assert np.abs(frame - upright.astype(int)).mean() < 8
+
+
 def test_odd_sides_grow_by_one_pixel() -> None:
     recipe = Recipe(picture=lambda number: moving_square(number, 47, 63), pixel_format="yuv444p")
     told: list[str] = []

@@ -1,48 +1,31 @@
-"""Turning frames upright, as the display matrix of a phone's clip says."""
+"""How the frames of a phone's clip lie, by its display matrix."""
 
-from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 from av.video.frame import VideoFrame
 
-from segtrain.images import Pixels
-
-_FLIP_ROWS, _FLIP_COLUMNS, _FLIP_BOTH = 0, 1, -1
-
-
-@dataclass(frozen=True)
-class Orientation:
-    """One of the eight ways a picture can lie.
-
-    transposed: rows and columns change places, before the flip.
-    flip: cv2's code of the axes to turn round.
-    """
-
-    transposed: bool = False
-    flip: int | None = None
-
-    def upright(self, pixels: Pixels) -> Pixels:
-        """H W 3 uint8 as stored → H W 3 (or W H 3) as it is to be seen."""
-        if self.transposed:
-            pixels = np.asarray(cv2.transpose(pixels), dtype=np.uint8)
-        if self.flip is not None:
-            pixels = np.asarray(cv2.flip(pixels, self.flip), dtype=np.uint8)
-        return pixels
+# EXIF's numbers, by whether the picture was laid on its side, and then mirrored to the left and
+# upside down. `segtrain.rgb.turned_upright` undoes them.
+_ORIENTATIONS = {
+    (False, False, False): 1,
+    (False, True, False): 2,
+    (False, True, True): 3,
+    (False, False, True): 4,
+    (True, False, False): 5,
+    (True, True, False): 6,
+    (True, True, True): 7,
+    (True, False, True): 8,
+}
 
 
-def orientation_of(frame: VideoFrame) -> Orientation:
-    """The orientation that a decoded frame carries; angles between are taken as the nearest."""
+def orientation_of(frame: VideoFrame) -> int:
+    """How a decoded frame lies, EXIF's 1 (upright) to 8; other angles are taken as the nearest."""
     side_data: Any = frame.side_data  # PyAV's stubs know one key, and not this one
     if "DISPLAYMATRIX" not in side_data:
-        return Orientation()
+        return 1
     # A stored pixel x, y is seen at a x + c y, b x + d y.
     a, b, _, c, d, *_ = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), dtype=np.int32).tolist()
-    transposed = abs(b) > abs(a)
-    flip_columns, flip_rows = (c < 0, b < 0) if transposed else (a < 0, d < 0)
-    if flip_columns and flip_rows:
-        return Orientation(transposed, _FLIP_BOTH)
-    if flip_columns or flip_rows:
-        return Orientation(transposed, _FLIP_COLUMNS if flip_columns else _FLIP_ROWS)
-    return Orientation(transposed)
+    if abs(b) > abs(a):
+        return _ORIENTATIONS[True, c < 0, b < 0]
+    return _ORIENTATIONS[False, a < 0, d < 0]

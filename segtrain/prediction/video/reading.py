@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.packet import Packet
@@ -22,7 +23,8 @@ from av.video.stream import VideoStream
 from segtrain.errors import DataError
 from segtrain.images import MAX_PIXELS, Pixels
 from segtrain.prediction.video.colour import Colour, Converter, colour_of
-from segtrain.prediction.video.orientation import Orientation, orientation_of
+from segtrain.prediction.video.orientation import orientation_of
+from segtrain.rgb import is_on_its_side, turned_upright
 
 # libav knows playlists and scripts, too, which name other files and addresses.
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf"
@@ -34,7 +36,7 @@ _TOLERANCE = 0.3
 class Facts:
     """What a clip's header and first frame say.
 
-    width, height: as stored; `orientation` turns them.
+    width, height: as stored. orientation: how they lie, EXIF's 1 (upright) to 8.
     time_base: seconds a tick of the frames' times.
     rate: frames a second, on average.
     sample_aspect_ratio: width by height of a stored pixel.
@@ -43,12 +45,17 @@ class Facts:
 
     width: int
     height: int
-    orientation: Orientation
+    orientation: int
     colour: Colour
     time_base: Fraction
     rate: Fraction
     sample_aspect_ratio: Fraction
     num_frames: int | None
+
+    @property
+    def is_on_its_side(self) -> bool:
+        """Whether frames are as wide as they were high, once they are upright."""
+        return is_on_its_side(self.orientation)
 
 
 @dataclass(frozen=True)
@@ -111,13 +118,16 @@ class Clip:
 
     def _frame(self, decoded: VideoFrame, previous: int) -> Frame:
         facts = self.facts
-        rgb = self._converter.to_rgb(decoded, facts.width, facts.height).to_ndarray()
+        rgb = self._converter.to_rgb(decoded, facts.width, facts.height)
+        # A copy, since it is turned in place: of RGB these may be the pixels that the decoder
+        # paints the next frame upon.
+        pixels = np.array(rgb.to_ndarray(), dtype=np.uint8)
         duration = decoded.duration or max(1, round(1 / (facts.rate * facts.time_base)))
         stamp = decoded.pts if decoded.pts is not None else decoded.dts
         ticks = previous + duration if stamp is None else stamp - self._start(facts.time_base)
         # Encoders take no two frames at one time.
         return Frame(
-            facts.orientation.upright(rgb.astype("uint8", copy=False)),
+            turned_upright(pixels, facts.orientation),
             max(ticks, previous + 1),
             duration,
         )

@@ -147,7 +147,7 @@ def writing(
 
 def _add_video(container: OutputContainer, kind: Kind, facts: Facts) -> VideoStream:
     height, width = (
-        (facts.width, facts.height) if facts.orientation.transposed else (facts.height, facts.width)
+        (facts.width, facts.height) if facts.is_on_its_side else (facts.height, facts.width)
     )
     stream = container.add_stream(
         kind.codec,
@@ -161,7 +161,7 @@ def _add_video(container: OutputContainer, kind: Kind, facts: Facts) -> VideoStr
     assert isinstance(stream, VideoStream)
     context, colour, aspect = stream.codec_context, facts.colour, facts.sample_aspect_ratio
     context.pix_fmt = kind.pixel_format
-    context.sample_aspect_ratio = 1 / aspect if facts.orientation.transposed else aspect
+    context.sample_aspect_ratio = 1 / aspect if facts.is_on_its_side else aspect
     context.colorspace, context.color_range = colour.matrix, ColorRange.MPEG
     context.color_primaries, context.color_trc = colour.primaries, colour.transfer
     return stream
