@@ -444,7 +444,7 @@ def test_videos_are_done_after_the_pictures(
 
     def predict_video(source: Path, target: Path, network: object, **options: object) -> object:
         assert Path("out/a_mask.png").exists()
-        calls.append((source, target, options["background"], options["overwrite"]))
+        calls.append((source, target, options["overwrite"]))
         return SimpleNamespace(person_share=0.0)
 
     video = SimpleNamespace(predict_video=predict_video)
@@ -454,7 +454,7 @@ def test_videos_are_done_after_the_pictures(
     done = segtrain(*command, "-o", "out", "--background", "#00ff00")
     assert done.code == 0
     assert "no person found in clip.mov" in done.err
-    assert calls == [(Path("clip.mov"), Path("out/clip_background.mp4"), "#00ff00", False)]
+    assert calls == [(Path("clip.mov"), Path("out/clip_background.mp4"), False)]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,10 @@ from video_cases import (
 
 from segtrain import stopping
 from segtrain.errors import DataError, ResourceError, UsageError
+from segtrain.images import read_image, write_image
+from segtrain.prediction import command
+from segtrain.prediction.backgrounds import background_maker
+from segtrain.prediction.jobs import plan_jobs
 from segtrain.prediction.video import VideoOutcome, predict_video
 from segtrain.prediction.video.smoothing import TIME_CONSTANT, Smoother
 from segtrain.prediction.video.suffixes import video_suffix_of
@@ -54,7 +58,7 @@ def predict(
         source,
         target,
         network or Redness(),
-        background=background,
+        make_background=background_maker(background),
         overwrite=overwrite,
         tell=tell,
     )
@@ -94,7 +98,7 @@ def test_frames_times_size_and_sound_stay_and_the_ground_is_new() -> None:
         source,
         Path("out/x.mp4"),
         Redness(),
-        background=GREEN,
+        make_background=background_maker(GREEN),
         overwrite=False,
         tell=told.append,
     )
@@ -489,13 +493,14 @@ def test_a_killed_run_leaves_only_a_hidden_file() -> None:
         "import os, signal\n"
         "from pathlib import Path\n"
         "from video_cases import Redness\n"
+        "from segtrain.prediction.backgrounds import background_maker\n"
         "from segtrain.prediction.video import predict_video\n"
         "class Kills(Redness):\n"
         "    def probs(self, pictures):\n"
         "        if len(self.seen) == 20: os.kill(os.getpid(), signal.SIGKILL)\n"
         "        return super().probs(pictures)\n"
-        "predict_video(Path('clip.mp4'), Path('out/a.mp4'), Kills(), background='blur',\n"
-        "    overwrite=False, tell=print)\n"
+        "predict_video(Path('clip.mp4'), Path('out/a.mp4'), Kills(), overwrite=False,\n"
+        "    make_background=background_maker('blur'), tell=print)\n"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths})
@@ -520,6 +525,68 @@ def test_a_full_disk_is_a_resource_error() -> None:
 
 def noise(number: int) -> Array:
     return np.random.default_rng(number).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+
+
+# --- Several, by the command ---------------------------------------------------------------------
+
+
+def predict_all(
+    monkeypatch: pytest.MonkeyPatch, network: Any, *sources: Path, background: str = GREEN
+) -> list[str]:
+    """As `segtrain predict SOURCES -o out` with a network that needs no checkpoint."""
+    monkeypatch.setattr(command, "find_checkpoint", lambda path: (Path("best.pt"), "given"))
+    monkeypatch.setattr(command, "open_network", lambda path, how: network)
+    wishes = command.Wishes(background=background, max_pixels=10**8)
+    jobs = plan_jobs([*map(str, sources)], Path("out"), ["background"], background=background)
+    return command.predict(jobs, wishes, tell=print)
+
+
+def test_the_background_is_read_once_for_all_clips_and_pictures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    beach, photo = Path("beach.png"), Path("photo.png")
+    write_image(beach, solid((10, 20, 200)))
+    write_image(photo, moving_square(0))
+    clips = [Recipe(num_frames=3).write(Path(name)) for name in ("a.mp4", "b.mp4")]
+    reads: list[Path] = []
+
+    def reading(path: Path) -> Array:
+        reads.append(path)
+        return read_image(path)
+
+    monkeypatch.setattr("segtrain.prediction.backgrounds.read_image", reading)
+
+    assert predict_all(monkeypatch, Redness(), photo, *clips, background=str(beach)) == []
+    assert reads == [beach]
+    for clip in clips:
+        frame = look(Path("out") / f"{clip.stem}_background.mp4").frames[0]
+        assert frame[44, 32] == pytest.approx((10, 20, 200), abs=8)
+
+
+@pytest.mark.parametrize(
+    ("with_photo", "done"), [(False, ""), (True, "1 of 1 pictures and ")], ids=["clips", "both"]
+)
+def test_a_signal_between_clips_says_how_many_are_done(
+    monkeypatch: pytest.MonkeyPatch, with_photo: bool, done: str
+) -> None:
+    monkeypatch.setattr(stopping, "_received", [])
+    sources = [Recipe(num_frames=5).write(Path(name)) for name in ("a.mp4", "c.mp4", "d.mp4")]
+    Path("b.mp4").write_text("no clip at all, which does not count as done")
+    if with_photo:
+        write_image(Path("photo.png"), moving_square(0))
+        sources.append(Path("photo.png"))
+    network = StopsAt(number=5 + 2 + with_photo)
+
+    with (
+        stopping.listening(),
+        pytest.raises(stopping.Stopped, match=f"; {done}1 of 4 videos are done$"),
+    ):
+        predict_all(monkeypatch, network, sources[0], Path("b.mp4"), *sources[1:])
+    assert {path.name for path in Path("out").iterdir()} == {
+        "a_background.mp4",
+        *(["photo_background.jpg"] if with_photo else []),
+    }
+    assert len(look(Path("out/a_background.mp4")).frames) == 5
 
 
 # --- What cannot be used ------------------------------------------------------------------------
@@ -608,7 +675,7 @@ def test_targets_are_protected() -> None:
     source = Recipe(num_frames=3).write(Path("clip.mp4"))
     target = predict(source)
     network = Redness()
-    calls = {"background": GREEN, "tell": print}
+    calls: dict[str, Any] = {"make_background": background_maker(GREEN), "tell": print}
 
     with pytest.raises(UsageError, match="--overwrite"):
         predict_video(source, target, network, overwrite=False, **calls)
@@ -616,13 +683,6 @@ def test_targets_are_protected() -> None:
     with pytest.raises(UsageError, match="is the input"):
         predict_video(source, Path("link.mp4"), network, overwrite=True, **calls)
     assert network.seen == []
-
-
-def test_an_unknown_background_is_refused_first() -> None:
-    source = Recipe(num_frames=3).write(Path("clip.mp4"))
-
-    with pytest.raises(UsageError, match="--background"):
-        predict(source, background="beach.jpg")
 
 
 def test_missing_pyav_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

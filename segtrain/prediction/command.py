@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +11,7 @@ from pathlib import Path
 from segtrain.errors import DataError, UsageError
 from segtrain.extras import needed
 from segtrain.images import Picture, pixels_in, read_picture
-from segtrain.prediction.backgrounds import background_maker
+from segtrain.prediction.backgrounds import MakeBackground, background_maker
 from segtrain.prediction.finishing import Finishing
 from segtrain.prediction.jobs import Job
 from segtrain.prediction.network import HowToRun, Network, open_network
@@ -61,17 +61,20 @@ def predict(jobs: Sequence[Job], wishes: Wishes, *, tell: Callable[[str], object
     if any(job.is_video for job in jobs):
         needed("av", "video")
     _wait_politely()
+    make_background = background_maker(wishes.background)
     finish = Finishing(
-        make_background=background_maker(wishes.background),
+        make_background=make_background,
         refine=wishes.refine,
         clean=wishes.clean,
         describe=wishes.records is not None,
     )
     path, chosen_by = find_checkpoint(wishes.checkpoint)
     pictures = [job for job in jobs if not job.is_video]
+    videos = [job for job in jobs if job.is_video]
     weigh = partial(_weigh, max_pixels=wishes.max_pixels)
     read = partial(_read, stdin=_stdin(pictures), max_pixels=wishes.max_pixels)
     problems: list[str] = []
+    num_videos_done = 0
     with ExitStack() as stack:
         record = stack.enter_context(recording(wishes.records))
         pipeline = Pipeline(pictures, weigh=weigh, read=read, finish=finish)
@@ -80,13 +83,25 @@ def predict(jobs: Sequence[Job], wishes: Wishes, *, tell: Callable[[str], object
                 network = open_network(path, wishes.how)
                 tell(f"checkpoint: {path} ({chosen_by}), {network.description}")
                 problems += _do_pictures(pipeline, network, len(pictures), record)
-            problems += _do_videos(
-                [job for job in jobs if job.is_video], network, wishes, tell=tell
-            )
+            for problem in _do_videos(
+                videos, network, make_background, overwrite=wishes.overwrite, tell=tell
+            ):
+                if problem is None:
+                    num_videos_done += 1
+                else:
+                    problems.append(problem)
         except Stopped as stopped:
-            done = f"{pipeline.num_done} of {len(pictures)} pictures are done"
+            done = _done(
+                pictures=(pipeline.num_done, len(pictures)), videos=(num_videos_done, len(videos))
+            )
             raise Stopped(stopped.received, done) from None
     return problems
+
+
+def _done(**counts: tuple[int, int]) -> str:
+    """How many of how many are done of each kind that there is."""
+    kinds = [f"{done} of {total} {kind}" for kind, (done, total) in counts.items() if total]
+    return f"{' and '.join(kinds)} are done"
 
 
 def _do_pictures(pipeline: Pipeline, network: Network, total: int, record: Record) -> list[str]:
@@ -113,28 +128,34 @@ def _lines(outcome: Outcome) -> list[str]:
 
 
 def _do_videos(
-    jobs: Sequence[Job], network: Network, wishes: Wishes, *, tell: Callable[[str], object]
-) -> list[str]:
+    jobs: Sequence[Job],
+    network: Network,
+    make_background: MakeBackground,
+    *,
+    overwrite: bool,
+    tell: Callable[[str], object],
+) -> Iterator[str | None]:
+    """Do one after the other; yields why it could not be used, or None."""
     if not jobs:
-        return []
+        return
     from segtrain.prediction.video import predict_video
 
-    problems = []
     for job in jobs:
         try:
             outcome = predict_video(
                 *job.clip,
                 network,
-                background=wishes.background,
-                overwrite=wishes.overwrite,
+                make_background=make_background,
+                overwrite=overwrite,
                 tell=tell,
             )
-            if outcome.person_share == 0:
-                tell(f"no person found in {job.name}")
         except DataError as error:
             tell(f"skipped: {error}")
-            problems.append(str(error))
-    return problems
+            yield str(error)
+            continue
+        if outcome.person_share == 0:
+            tell(f"no person found in {job.name}")
+        yield None
 
 
 def _weigh(job: Job, *, max_pixels: int) -> int:

@@ -9,6 +9,7 @@ from segtrain.errors import UsageError
 from segtrain.extras import needed
 
 if TYPE_CHECKING:
+    from segtrain.prediction.backgrounds import MakeBackground
     from segtrain.prediction.network import Network
 
 
@@ -30,7 +31,7 @@ def predict_video(
     target: Path,
     network: "Network",
     *,
-    background: str,
+    make_background: "MakeBackground",
     overwrite: bool,
     tell: Callable[[str], object],
 ) -> VideoOutcome:
@@ -40,12 +41,13 @@ def predict_video(
         source: a clip in any format libav reads.
         target: .mp4, or .webm where the background is to be transparent. It is there whole or not
             at all.
-        background: as in `segtrain.prediction.backgrounds.background_maker`.
+        make_background: of `segtrain.prediction.backgrounds.background_maker`; asked for each
+            frame.
         overwrite: allow a target that exists. The source is never overwritten.
         tell: takes a line for the user about what could not be kept as it was.
 
     Raises:
-        UsageError: PyAV is missing, the target exists or is the source, or no such background.
+        UsageError: PyAV is missing, or the target exists or is the source.
         DataError: the source is no video, is damaged, cut short or too large.
         ResourceError: the target cannot be written.
         Stopped: a signal has come; nothing is left behind.
@@ -57,4 +59,4 @@ def predict_video(
         raise UsageError(f"{target} exists; use --overwrite or another --output")
     from segtrain.prediction.video.command import convert
 
-    return convert(source, target, network, background=background, tell=tell)
+    return convert(source, target, network, make_background=make_background, tell=tell)

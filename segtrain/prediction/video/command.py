@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from segtrain.files import atomic_write
-from segtrain.images import Pixels
-from segtrain.prediction.backgrounds import background_maker
+from segtrain.prediction.backgrounds import MakeBackground
 from segtrain.prediction.network import Network
 from segtrain.prediction.outputs import Composition, Result
 from segtrain.prediction.probability import Values
@@ -18,19 +17,16 @@ from segtrain.prediction.video.smoothing import Smoother
 from segtrain.prediction.video.writing import writing
 from segtrain.progress import progress_bar
 
-_Compose = Callable[[Pixels, Values], Pixels]
-
 
 def convert(
     source: Path,
     target: Path,
     network: Network,
     *,
-    background: str,
+    make_background: MakeBackground,
     tell: Callable[[str], object],
 ) -> VideoOutcome:
     """As `segtrain.prediction.video.predict_video`, whose checks have been made."""
-    compose = _compose(background)
     with open_clip(source) as clip:
         _tell_left_out(source, clip, tell)
         _sweep(target)
@@ -47,7 +43,9 @@ def convert(
                 [answer] = network.probs([piece.pixels])
                 seconds = float(piece.ticks * clip.facts.time_base)
                 probability = smoother.smooth(piece.pixels, np.asarray(answer), seconds)
-                film.add_frame(compose(piece.pixels, probability), piece.ticks, piece.duration)
+                result = Result(image=piece.pixels, answer=probability)
+                composed = Composition(result, make_background).composed
+                film.add_frame(composed, piece.ticks, piece.duration)
                 tally.add(piece, probability)
                 bar.update()
         if clip.num_broken:
@@ -74,13 +72,6 @@ class _Tally:
             seconds=float((self._end - self._start) * time_base),
             person_share=self._person / self._num_frames,
         )
-
-
-def _compose(background: str) -> _Compose:
-    make_background = background_maker(background)
-    return lambda pixels, probability: (
-        Composition(Result(image=pixels, answer=probability), make_background).composed
-    )
 
 
 def _tell_left_out(source: Path, clip: Clip, tell: Callable[[str], object]) -> None:
