@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -25,9 +26,11 @@ from video_cases import (
     Recipe,
     Redness,
     Seen,
+    joined,
     look,
     moving_square,
     solid,
+    with_damaged_sound,
     yuv_to_rgb,
 )
 
@@ -40,6 +43,7 @@ from segtrain.prediction.jobs import plan_jobs
 from segtrain.prediction.video import VideoOutcome, predict_video
 from segtrain.prediction.video.smoothing import TIME_CONSTANT, Smoother
 from segtrain.prediction.video.suffixes import video_suffix_of
+from segtrain.prediction.video.timeline import Timeline
 
 GREEN = "#00ff00"
 
@@ -192,7 +196,7 @@ def test_sound_that_mp4_does_not_take_is_encoded_and_told(suffix: str, codec: st
 def test_sound_of_packets_with_coarse_times_is_encoded_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from segtrain.prediction.video.writing import KINDS
+    from segtrain.prediction.video.kinds import KINDS
 
     # MP3 in AVI has ticks of a packet, longer than AAC's; as it is copied, nothing else shows it.
     monkeypatch.setitem(KINDS, ".mp4", replace(KINDS[".mp4"], copied=frozenset()))
@@ -202,6 +206,180 @@ def test_sound_of_packets_with_coarse_times_is_encoded_anew(
     assert after.sounds[0]["codec"] == "aac"
     num_samples = before.sounds[0]["samples"].shape[1]
     assert after.sounds[0]["samples"].shape[1] == pytest.approx(num_samples, abs=1500)
+
+
+@pytest.mark.parametrize(
+    ("codec", "rate", "channels", "expected"),
+    [
+        ("pcm_s16le", 11_000, "stereo", ("aac", 11_025, "stereo")),
+        ("pcm_s16le", 192_000, "mono", ("aac", 96_000, "mono")),
+        ("libmp3lame", 8_000, "mono", ("aac", 8_000, "mono")),  # MP4 takes it from 16 kHz on
+        ("pcm_s16le", 48_000, "7.1", ("aac", 48_000, "7.1")),  # Matroska does not say which eight
+    ],
+)
+def test_unusual_sound_is_encoded_as_near_as_can_be(
+    codec: str, rate: int, channels: str, expected: tuple[str, int, str]
+) -> None:
+    recipe = Recipe(ticks=Fraction(1, 1000), sounds=(codec,), sound_rate=rate, channels=channels)
+    told: list[str] = []
+    target = predict(recipe.write(Path("clip.mkv")), told=told)
+
+    with av.open(target) as clip:
+        sound = clip.streams.audio[0]
+        assert (sound.codec_context.name, sound.rate, sound.layout.name) == expected
+        assert float(sound.duration * sound.time_base) == pytest.approx(1, abs=0.15)
+        assert sum(1 for _ in clip.decode(video=0)) == 25
+    assert "sound is encoded anew" in told[0]
+
+
+@pytest.mark.parametrize("background", [GREEN, "transparent"])
+def test_sound_that_changes_midway_is_kept(background: str) -> None:
+    parts = [
+        Recipe(
+            ticks=Fraction(1, 90_000), sounds=("mp2",), sound_rate=rate, channels=channels
+        ).write(Path(f"{channels}.ts"))
+        for rate, channels in ((48_000, "stereo"), (32_000, "mono"))
+    ]
+    after = look(predict(joined(Path("clip.ts"), *parts), background=background))
+
+    assert len(after.frames) == 50
+    [sound] = after.sounds
+    assert sound["samples"].shape[1] / sound["rate"] == pytest.approx(2, abs=0.05)
+    for start in (0.2, 1.2):
+        first = round(start * sound["rate"])
+        wave = sound["samples"][0, first : first + sound["rate"] // 2]
+        assert np.abs(np.fft.rfft(wave)).argmax() * 2 == pytest.approx(440, abs=4)
+
+
+@pytest.mark.parametrize("background", [GREEN, "transparent"])
+@pytest.mark.parametrize(("suffix", "codec"), [(".mkv", "ac3"), (".mov", "aac")])
+def test_damaged_sound_is_left_out_packet_by_packet_and_told(
+    suffix: str, codec: str, background: str
+) -> None:
+    recipe = Recipe(codec="mpeg4", options={}, ticks=Fraction(1, 1000), sounds=(codec,))
+    whole = recipe.write(Path("whole" + suffix))
+    told: list[str] = []
+    source = with_damaged_sound(whole, Path("clip" + suffix))
+    after = look(predict(source, background=background, told=told))
+
+    assert len(after.frames) == 25
+    [sound] = after.sounds
+    assert sound["samples"].shape[1] / sound["rate"] == pytest.approx(0.8, abs=0.03)
+    assert "packets of sound left out" in told[-1]
+
+
+def test_damaged_sound_of_a_broadcast_does_not_cost_the_clip() -> None:
+    source = Recipe(ticks=Fraction(1, 90_000)).write(Path("clip.ts"))
+    content = bytearray(source.read_bytes())
+    starts = range(0, len(content), 188)
+    of_sound = [
+        start for start in starts if content[start + 1] & 31 == 1 and not content[start + 2]
+    ]
+    for start in of_sound[len(of_sound) // 2 :]:
+        content[start + 60 : start + 188] = b"\x55" * 128
+    source.write_bytes(content)
+    told: list[str] = []
+
+    assert len(look(predict(source, told=told)).frames) == 25
+    assert "packets of sound left out" in told[-1]
+
+
+@pytest.mark.parametrize("background", [GREEN, "transparent"])
+@pytest.mark.parametrize("why", ["no samples", "unknown codec"])
+def test_sound_that_cannot_be_kept_is_left_out_and_told(why: str, background: str) -> None:
+    if why == "no samples":
+        recipe = Recipe(ticks=Fraction(1, 90_000), seconds_of_sound=0)
+        source = recipe.write(Path("clip.ts"))
+    else:
+        source = Recipe(ticks=Fraction(1, 1000)).write(Path("clip.mkv"))
+        source.write_bytes(source.read_bytes().replace(b"A_AAC", b"A_XYZ"))
+    told: list[str] = []
+    after = look(predict(source, background=background, told=told))
+
+    assert (len(after.frames), after.sounds) == (25, [])
+    assert len(told) == 1
+    assert "sound is left out" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "recipe"),
+    [
+        (".ts", Recipe(ticks=Fraction(1, 90_000))),
+        (".mkv", Recipe(ticks=Fraction(1, 1000))),
+        (".mpg", Recipe(codec="mpeg2video", options={}, ticks=1 / RATE, sounds=("mp2",))),
+    ],
+)
+def test_recordings_that_are_joined_follow_each_other(suffix: str, recipe: Recipe) -> None:
+    """One file behind the other: times start again in the middle."""
+    part = recipe.write(Path("part" + suffix))
+    once = look(part)
+    after = look(predict(joined(Path("clip" + suffix), part, part)))
+
+    assert len(after.frames) == 50
+    first, second = np.array(after.times[:25]), np.array(after.times[25:])
+    steps = np.diff(once.times)
+    assert np.diff(first) == pytest.approx(steps, abs=0.0015)
+    assert np.diff(second) == pytest.approx(steps, abs=0.0015)
+    assert 0.03 < second[0] - first[-1] < 0.1
+    [sound] = after.sounds
+    assert sound["samples"].shape[1] / 48_000 == pytest.approx(2, abs=0.06)
+
+
+def test_a_recording_of_another_day_follows_at_once() -> None:
+    hours = 20 * 3600 * 90_000
+    recipes = [
+        Recipe(ticks=Fraction(1, 90_000), sounds=(), times=range(start, start + 10**6, 3600))
+        for start in (0, hours)
+    ]
+    parts = [recipe.write(Path(f"{number}.ts")) for number, recipe in enumerate(recipes)]
+    after = look(predict(joined(Path("clip.ts"), *parts)))
+
+    assert after.times == pytest.approx([number / 25 for number in range(50)], abs=1e-4)
+
+
+def test_a_gap_stays_where_a_format_means_it() -> None:
+    times = [0, 40, 80, 3_600_000, 3_600_040, 3_600_080]
+    recipe = Recipe(ticks=Fraction(1, 1000), sounds=(), num_frames=5, times=times)
+    after = look(predict(recipe.write(Path("clip.mkv"))))
+
+    assert after.times == pytest.approx([time / 1000 for time in times[:-1]])
+
+
+def test_picture_and_sound_of_a_joined_recording_are_moved_alike() -> None:
+    def packet(track: int, stamp: int) -> Any:
+        # What a timeline looks at, in ticks of a tenth of a second.
+        stream = SimpleNamespace(index=track)
+        length, base = 1, Fraction(1, 10)
+        return SimpleNamespace(stream=stream, pts=stamp, dts=stamp, duration=length, time_base=base)
+
+    timeline = Timeline(Fraction(5), may_leap=False)
+    picture, sound = 0, 1
+    order = [(picture, 50), (sound, 50), (picture, 51), (sound, 51), (picture, 58)]
+    # The sound comes to the next recording first, and begins there two ticks before the picture.
+    order += [(sound, 7), (picture, 59), (sound, 8), (picture, 9), (sound, 9)]
+    packets = [packet(*each) for each in order]
+    for each in packets:
+        timeline.settle(each)
+
+    settled = [(each.stream.index, each.pts) for each in packets]
+    assert settled[:5] == [(picture, 0), (sound, 0), (picture, 1), (sound, 1), (picture, 8)]
+    assert settled[5:] == [(sound, 9), (picture, 9), (sound, 10), (picture, 11), (sound, 11)]
+    assert all(each.pts == each.dts for each in packets)
+
+
+@pytest.mark.parametrize("background", [GREEN, "transparent"])
+@pytest.mark.parametrize("sounds", [(), ("aac",)], ids=["silent", "with sound"])
+@pytest.mark.parametrize(
+    ("suffix", "ticks"),
+    [(".mp4", Fraction(1, 12_800)), (".mkv", Fraction(1, 1000)), (".ts", Fraction(1, 90_000))],
+)
+def test_a_clip_of_a_single_frame(
+    suffix: str, ticks: Fraction, sounds: tuple[str, ...], background: str
+) -> None:
+    source = Recipe(num_frames=1, ticks=ticks, sounds=sounds).write(Path("clip" + suffix))
+    with av.open(predict(source, background=background)) as clip:
+        assert sum(1 for _ in clip.decode(video=0)) == 1
+        assert len(clip.streams.audio) == len(sounds)
 
 
 def test_a_recording_that_starts_late_starts_at_zero() -> None:

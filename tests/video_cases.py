@@ -36,7 +36,7 @@ class Recipe:
 
     picture: from a frame's number to its pixels.
     times: of each frame, and the end of the last, in `ticks`; None: one after the other.
-    sounds: a codec for each track.
+    sounds: a codec for each track, of `channels` at `sound_rate`; 0 seconds leave it empty.
     """
 
     num_frames: int = 25
@@ -48,6 +48,8 @@ class Recipe:
     rate: Fraction = RATE
     sounds: Sequence[str] = ("aac",)
     seconds_of_sound: float | None = None
+    sound_rate: int = 48_000
+    channels: str = "stereo"
     options: dict[str, str] = field(default_factory=lambda: {"crf": "10"})
     rotation: tuple[int, bool] | None = None
     aspect: Fraction | None = None
@@ -58,13 +60,15 @@ class Recipe:
     def write(self, path: Path, container: str | None = None) -> Path:
         options = {"movflags": self.movflags} if self.movflags else {}
         with av.open(path, "w", format=container, container_options=options) as output:
-            streams = [output.add_stream(codec, rate=48_000) for codec in self.sounds]
+            streams = [output.add_stream(codec, rate=self.sound_rate) for codec in self.sounds]
             for number, stream in enumerate(streams):
-                stream.layout = "stereo"
+                stream.layout = self.channels
                 stream.metadata["language"] = ("eng", "deu")[number % 2]
             if self.num_frames:
                 self.write_frames(output)
-            seconds = self.seconds_of_sound or float(self.num_frames / self.rate)
+            seconds = self.seconds_of_sound
+            if seconds is None:
+                seconds = float(self.num_frames / self.rate)
             for number, stream in enumerate(streams):
                 _write_sine(output, stream, seconds, 440 * (number + 1))
         return path
@@ -91,13 +95,38 @@ class Recipe:
 
 
 def _write_sine(output: Any, stream: Any, seconds: float, hertz: int) -> None:
-    for start in range(0, round(seconds * 48_000), 1024):
-        at = np.arange(start, min(start + 1024, round(seconds * 48_000))) / 48_000
+    rate, layout = stream.rate, stream.layout
+    for start in range(0, round(seconds * rate), 1024):
+        at = np.arange(start, min(start + 1024, round(seconds * rate))) / rate
         wave = (0.5 * np.sin(2 * np.pi * hertz * at)).astype(np.float32)
-        frame = av.AudioFrame.from_ndarray(np.stack([wave, wave]), format="fltp", layout="stereo")
-        frame.sample_rate, frame.pts, frame.time_base = 48_000, start, Fraction(1, 48_000)
+        samples = np.repeat(wave, layout.nb_channels)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="flt", layout=layout.name)
+        frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
         output.mux(stream.encode(frame))
-    output.mux(stream.encode(None))
+    if seconds:
+        output.mux(stream.encode(None))
+
+
+def joined(path: Path, *sources: Path) -> Path:
+    """One file behind the other."""
+    path.write_bytes(b"".join(source.read_bytes() for source in sources))
+    return path
+
+
+def with_damaged_sound(source: Path, path: Path) -> Path:
+    """A copy in which every fifth packet of sound is noise."""
+    draws, number = np.random.default_rng(0), 0
+    with av.open(source) as clip, av.open(path, "w") as output:
+        copies = [output.add_stream_from_template(each, opaque=True) for each in clip.streams]
+        for packet in clip.demux():
+            if packet.dts is None:
+                continue
+            number += packet.stream.type == "audio"
+            if packet.stream.type == "audio" and number % 5 == 2:
+                packet.update(draws.bytes(packet.size))
+            packet.stream = copies[packet.stream.index]
+            output.mux(packet)
+    return path
 
 
 class Redness:

@@ -15,6 +15,7 @@ import av
 import numpy as np
 from av.audio.stream import AudioStream
 from av.container import InputContainer
+from av.format import Flags
 from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
@@ -24,6 +25,7 @@ from segtrain.errors import DataError
 from segtrain.images import MAX_PIXELS, Pixels
 from segtrain.prediction.video.colour import Colour, Converter, colour_of
 from segtrain.prediction.video.orientation import orientation_of
+from segtrain.prediction.video.timeline import Timeline
 from segtrain.rgb import is_on_its_side, turned_upright
 
 # libav knows playlists and scripts, too, which name other files and addresses.
@@ -82,13 +84,17 @@ class Clip:
         self._path, self._container = path, container
         self._video = _video_stream(path, container)
         self.sounds: list[AudioStream] = list(container.streams.audio)
-        used = {self._video.index, *(stream.index for stream in self.sounds)}
-        self.left_out = Counter(s.type for s in container.streams if s.index not in used)
+        self._used = {self._video.index, *(stream.index for stream in self.sounds)}
+        self.left_out = Counter(s.type for s in container.streams if s.index not in self._used)
         self.num_broken = 0
         self._converter, self._end = Converter(facts.colour), 0.0
+        self._timeline = Timeline(
+            Fraction(container.start_time or 0, av.time_base),
+            may_leap=Flags.ts_discont in Flags(container.format.flags),
+        )
 
     def pieces(self) -> "Iterator[Frame | Packet[Stream]]":
-        """Frames and packets of sound, as they lie in the file; times start at 0.
+        """Frames and packets of sound, as they lie in the file; times start at 0 and go on.
 
         Raises:
             DataError: the clip ends before its header says, or reading fails.
@@ -97,13 +103,16 @@ class Clip:
         with _reading(self._path):
             for packet in self._container.demux():
                 self._note_end(packet)
+                if packet.stream.index not in self._used:
+                    continue
+                self._timeline.settle(packet)
                 if packet.stream is self._video:
                     for decoded in self._decode(packet):
                         frame = self._frame(decoded, ticks)
                         ticks = frame.ticks
                         yield frame
-                elif isinstance(packet.stream, AudioStream) and packet.dts is not None:
-                    yield self._from_zero(packet)
+                elif packet.dts is not None:
+                    yield packet
         self._check_end()
 
     def _decode(self, packet: "Packet[Stream]") -> Iterator[VideoFrame]:
@@ -124,25 +133,13 @@ class Clip:
         pixels = np.array(rgb.to_ndarray(), dtype=np.uint8)
         duration = decoded.duration or max(1, round(1 / (facts.rate * facts.time_base)))
         stamp = decoded.pts if decoded.pts is not None else decoded.dts
-        ticks = previous + duration if stamp is None else stamp - self._start(facts.time_base)
+        ticks = previous + duration if stamp is None else stamp
         # Encoders take no two frames at one time.
         return Frame(
             turned_upright(pixels, facts.orientation),
             max(ticks, previous + 1),
             duration,
         )
-
-    def _start(self, time_base: Fraction) -> int:
-        """When the clip starts, in ticks: recordings of broadcasts start anywhere."""
-        return round(Fraction(self._container.start_time or 0, av.time_base) / time_base)
-
-    def _from_zero(self, packet: "Packet[Stream]") -> "Packet[Stream]":
-        start = self._start(packet.time_base)
-        if packet.pts is not None:
-            packet.pts -= start
-        if packet.dts is not None:
-            packet.dts -= start
-        return packet
 
     def _note_end(self, packet: "Packet[Stream]") -> None:
         if packet.pts is not None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,64 +20,26 @@ from av.video.stream import VideoStream
 from segtrain.errors import DataError
 from segtrain.images import Pixels
 from segtrain.prediction.video.colour import Converter
+from segtrain.prediction.video.kinds import KINDS, Kind
 from segtrain.prediction.video.reading import Facts
-from segtrain.prediction.video.sound import CopiedTrack, EncodedTrack, Track
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """A kind of file and what goes into it.
-
-    copied: codecs of sound that it takes and that players expect there.
-    sound: what other sound is encoded to, at `sound_rate` samples a second (None: any).
-    """
-
-    container: str
-    codec: str
-    options: dict[str, str]
-    pixel_format: str
-    copied: frozenset[str]
-    sound: str
-    sound_rate: int | None = None
-    most_channels: int
-
-
-KINDS = {
-    ".mp4": Kind(
-        container="mp4",
-        codec="libx264",
-        options={"crf": "18"},
-        pixel_format="yuv420p",
-        copied=frozenset({"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}),
-        sound="aac",
-        most_channels=8,
-    ),
-    # The only one with alpha that is small and that browsers play.
-    ".webm": Kind(
-        container="webm",
-        codec="libvpx-vp9",
-        options={"crf": "20", "deadline": "realtime", "cpu-used": "6", "row-mt": "1"},
-        pixel_format="yuva420p",
-        copied=frozenset({"opus", "vorbis"}),
-        sound="libopus",
-        sound_rate=48_000,
-        most_channels=2,
-    ),
-}
+from segtrain.prediction.video.sound import add_track, codec_of
 
 
 class Film:
-    """A clip that is being written."""
+    """A clip that is being written.
+
+    Attributes:
+        tracks: each track of sound of the source, and what it becomes; None: it is left out.
+    """
 
     def __init__(
         self, container: OutputContainer, kind: Kind, facts: Facts, sounds: Sequence[AudioStream]
     ) -> None:
-        self._container, self._kind, self._facts = container, kind, facts
+        self._container, self.kind, self.facts = container, kind, facts
         self._converter = Converter(facts.colour)
         self._video = _add_video(container, kind, facts)
-        self._tracks: dict[int, Track] = {
-            source.index: _track(source, container, kind) for source in sounds
-        }
+        self.tracks = [(source, add_track(container, kind, source)) for source in sounds]
+        self._tracks = {source.index: track for source, track in self.tracks}
 
     def add_frame(self, pixels: Pixels, ticks: int, duration: int) -> None:
         """Encode a frame.
@@ -89,22 +50,28 @@ class Film:
         """
         layout = "rgb24" if pixels.shape[2] == 3 else "rgba"
         frame = VideoFrame.from_ndarray(_even(pixels), format=layout)
-        frame = self._converter.from_rgb(frame, self._kind.pixel_format)
-        frame.pts, frame.duration, frame.time_base = ticks, duration, self._facts.time_base
+        frame = self._converter.from_rgb(frame, self.kind.pixel_format)
+        frame.pts, frame.duration, frame.time_base = ticks, duration, self.facts.time_base
         self._container.mux(self._video.encode(frame))
 
     def add_sound(self, packet: "Packet[Stream]") -> None:
         """Pass on a packet of one of the source's tracks."""
-        for passed_on in self._tracks[packet.stream.index].passed_on(packet):
-            self._container.mux(passed_on)
+        track = self._tracks[packet.stream.index]
+        if track is not None:
+            track.add(packet)
 
     def finish(self) -> None:
         """Write what the encoders still hold back."""
         self._container.mux(self._video.encode(None))
         for track in self._tracks.values():
-            for packet in track.rest():
-                self._container.mux(packet)
+            if track is not None:
+                track.finish()
         self._container.close()
+
+    @property
+    def num_lost(self) -> int:
+        """Packets of sound that were left out, so far."""
+        return sum(track.num_lost for track in self._tracks.values() if track is not None)
 
 
 @contextmanager
@@ -125,15 +92,17 @@ def writing(
         tell: takes a line about each thing that could not be kept as it was.
 
     Raises:
-        DataError: there is no encoder for frames or sound like these.
+        DataError: there is no encoder for frames like these.
     """
     kind = KINDS[target.suffix]
-    _tell_changes(target, kind, facts, sounds, tell)
     container = av.open(file, "w", format=kind.container)
     try:
         film = Film(container, kind, facts, sounds)
+        _tell_changes(target, film, tell)
         yield film
         film.finish()
+        if film.num_lost:
+            tell(f"{target}: packets of sound left out, damaged or out of order: {film.num_lost}")
     except BaseException as error:
         # The end of a broken file may be impossible to write, too, and says nothing new.
         with suppress(Exception):
@@ -167,19 +136,6 @@ def _add_video(container: OutputContainer, kind: Kind, facts: Facts) -> VideoStr
     return stream
 
 
-def _track(source: AudioStream, container: OutputContainer, kind: Kind) -> Track:
-    if _codec(source) in kind.copied:
-        return CopiedTrack(source, container)
-    return EncodedTrack(
-        source, container, kind.sound, rate=kind.sound_rate, most_channels=kind.most_channels
-    )
-
-
-def _codec(sound: AudioStream) -> str:
-    """The name of the codec, not of the decoder that libav takes for it."""
-    return sound.codec_context.codec.canonical_name
-
-
 def _even(pixels: Pixels) -> Pixels:
     """Colour is kept for two by two pixels, so an odd side grows by a copy of its last pixels."""
     rows, columns = pixels.shape[0] % 2, pixels.shape[1] % 2
@@ -189,17 +145,15 @@ def _even(pixels: Pixels) -> Pixels:
     return np.asarray(grown, dtype=np.uint8)
 
 
-def _tell_changes(
-    target: Path,
-    kind: Kind,
-    facts: Facts,
-    sounds: Sequence[AudioStream],
-    tell: Callable[[str], object],
-) -> None:
+def _tell_changes(target: Path, film: Film, tell: Callable[[str], object]) -> None:
+    facts, kind = film.facts, film.kind
     if facts.width % 2 or facts.height % 2:
         tell(f"{target}: odd sides grow by one pixel, as {kind.codec} needs")
     if facts.colour.hdr:
         tell(f"{target}: HDR becomes standard range")
-    for sound in sounds:
-        if _codec(sound) not in kind.copied:
-            tell(f"{target}: sound is encoded anew, {_codec(sound)} to {kind.sound}")
+    for source, track in film.tracks:
+        codec = codec_of(source) or "a codec that is not known"
+        if track is None:
+            tell(f"{target}: sound is left out, in {codec}: it can be neither copied nor encoded")
+        elif not track.is_copied:
+            tell(f"{target}: sound is encoded anew, {codec} to {kind.sound}")
