@@ -285,11 +285,14 @@ def test_damaged_sound_of_a_broadcast_does_not_cost_the_clip() -> None:
 
 
 @pytest.mark.parametrize("background", [GREEN, "transparent"])
-@pytest.mark.parametrize("why", ["no samples", "unknown codec"])
+@pytest.mark.parametrize("why", ["no samples", "unknown codec", "nine channels"])
 def test_sound_that_cannot_be_kept_is_left_out_and_told(why: str, background: str) -> None:
     if why == "no samples":
         recipe = Recipe(ticks=Fraction(1, 90_000), seconds_of_sound=0)
         source = recipe.write(Path("clip.ts"))
+    elif why == "nine channels":  # which ones is not said, and nine are none that are known
+        recipe = Recipe(ticks=Fraction(1, 1000), sounds=("pcm_s16le",), channels="9C")
+        source = recipe.write(Path("clip.mkv"))
     else:
         source = Recipe(ticks=Fraction(1, 1000)).write(Path("clip.mkv"))
         source.write_bytes(source.read_bytes().replace(b"A_AAC", b"A_XYZ"))

@@ -67,13 +67,29 @@ class Track:
         elif self._encoder is None:
             self._write(packet)
         else:
-            self._write_all(self._encoder.encoded(frames))
+            self._encode(self._encoder, frames)
+
+    def try_silence(self) -> None:
+        """Encode a moment of it. Raises what libav has against sound of the source's form."""
+        if self._encoder is not None:
+            form, layout = self._source.format.name, self._source.layout
+            silence = AudioFrame(form, layout, samples=1024)
+            silence.sample_rate = self._source.rate
+            list(self._encoder.encoded([silence]))
 
     def finish(self) -> None:
         """Write what is still held back."""
         if self._encoder is not None:
-            self._write_all(self._encoder.encoded(self._decoded(None) or []))
+            self._encode(self._encoder, self._decoded(None) or [])
             self._write_all(self._encoder.rest())
+
+    def _encode(self, encoder: "_Encoder", frames: list[AudioFrame]) -> None:
+        try:
+            packets = list(encoder.encoded(frames))
+        except (ArgumentError, InvalidDataError):  # midway it became sound that cannot be mixed
+            self.num_lost += 1
+        else:
+            self._write_all(packets)
 
     def _decoded(self, packet: "Packet[Stream] | None") -> list[AudioFrame] | None:
         """The sound in a packet; None if it is damaged."""
@@ -176,12 +192,13 @@ def add_track(output: OutputContainer, kind: Kind, source: AudioStream) -> Track
 
 
 def _works(way: Callable[[OutputContainer], Track], container: str) -> bool:
-    """Whether a file can be begun so. Rates and layouts that libav does not take, it refuses then,
-    and the file that is meant would be lost."""
+    """Whether a file in memory can be begun so: rates and layouts that libav does not take, it
+    refuses then, when it is too late for the file that is meant."""
     with av.open(io.BytesIO(), "w", format=container) as trial:
         try:
-            way(trial)
+            track = way(trial)
             trial.start_encoding()
+            track.try_silence()
         except (FFmpegError, UnknownCodecError, ValueError):
             return False
         return True
