@@ -334,13 +334,12 @@ def predict(
         overwrite=overwrite,
     )
     problems = command.predict(jobs, wishes, tell=_to_stderr)
+    what = f"{len(jobs)} {'files' if any(job.is_video for job in jobs) else 'pictures'}"
     if output != STDOUT:
-        done = f"{len(jobs) - len(problems)} of {len(jobs)} pictures done, results in {output}"
+        done = f"{len(jobs) - len(problems)} of {what} done, results in {output}"
         print(done, file=sys.stderr if jsonl == STDOUT else sys.stdout)
     if problems:
-        raise DataError(
-            f"{len(problems)} of {len(jobs)} pictures could not be used, first: {problems[0]}"
-        )
+        raise DataError(f"{len(problems)} of {what} could not be used, first: {problems[0]}")
 
 
 @app.command()

@@ -110,8 +110,8 @@ def read_picture(
 ) -> Picture:
     """As `read_sized_image`, and told where the file holds more than one picture.
 
-    Memory beside the pixels, in bytes a pixel: none for a JPEG as most are, 3 for a JPEG to be
-    turned, up to 6 for a progressive one; 4 for every other format.
+    Memory beside the pixels, in bytes a pixel: 3 for a JPEG as most are, for OpenCV hands over a
+    copy, up to 6 for a progressive one; 4 for every other format.
 
     Args:
         content: the bytes of a picture that is no file; `path` is then only its name.

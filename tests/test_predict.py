@@ -454,6 +454,7 @@ def test_videos_are_done_after_the_pictures(
     done = segtrain(*command, "-o", "out", "--background", "#00ff00")
     assert done.code == 0
     assert "no person found in clip.mov" in done.err
+    assert done.out == "2 of 2 files done, results in out\n"
     assert calls == [(Path("clip.mov"), Path("out/clip_background.mp4"), False)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segtrain.files import atomic_write
+from segtrain.files import atomic_write, sweep_beside
 from segtrain.prediction.backgrounds import MakeBackground
 from segtrain.prediction.network import Network
 from segtrain.prediction.outputs import Composition, Result
@@ -29,7 +29,7 @@ def convert(
     """As `segtrain.prediction.video.predict_video`, whose checks have been made."""
     with open_clip(source) as clip:
         _tell_left_out(source, clip, tell)
-        _sweep(target)
+        sweep_beside(target)
         with (
             atomic_write(target) as file,
             writing(file, target, clip.facts, clip.sounds, tell) as film,
@@ -78,10 +78,3 @@ def _tell_left_out(source: Path, clip: Clip, tell: Callable[[str], object]) -> N
     if clip.left_out:
         kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(clip.left_out.items()))
         tell(f"{source}: left out: {kinds}")
-
-
-def _sweep(target: Path) -> None:
-    """Remove what killed runs left of this target; others in the folder may be being written."""
-    for path in target.parent.glob(".*.tmp"):
-        if path.name.startswith(f".{target.name}."):
-            path.unlink(missing_ok=True)
