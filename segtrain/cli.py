@@ -23,6 +23,8 @@ app = typer.Typer(
 _BUG, _USAGE, _RESOURCE = 1, 2, 5
 _CLOSED_PIPE = 128 + 13  # as a shell reports the end by SIGPIPE
 _LONGEST_ERROR = 200
+# Libraries that write lines about every object of theirs which is not collected at the end.
+_TELL_OF_LEAKS = {"onnx", "triton"}
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 CheckpointOption = Annotated[
@@ -599,9 +601,8 @@ def demo(
 def main() -> None:
     """The console script: runs a command and ends the process with its exit code."""
     code = run(sys.argv[1:])
-    # Else Python looks for garbage among all of torch's objects before it ends: 0.4 s. But onnx
-    # would tell the user of leaks if it found its own still there.
-    if "onnx" not in sys.modules:
+    # Else Python looks for garbage among all of torch's objects before it ends: 0.4 s.
+    if _TELL_OF_LEAKS.isdisjoint(sys.modules):
         gc.freeze()
     sys.exit(code)
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TOY_TRAINING, Command
@@ -16,6 +17,7 @@ from interruptions import session_members
 from segtrain import __version__
 from segtrain.checkpoint import load_checkpoint
 from segtrain.cli import _one_line, main
+from segtrain.images import write_image
 
 USAGE, DATA, CHECKPOINT, RESOURCE, DIVERGED = 2, 3, 4, 5, 6
 
@@ -208,22 +210,55 @@ def test_a_signal_ends_training_with_its_code_and_keeps_the_last_epoch(
     assert session_members(process.pid) == [], "orphans"
 
 
-def test_the_process_ends_without_a_last_look_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "onnx", raising=False)  # other tests have imported it
-    frozen: list[bool] = []
-    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Filled where a process would be spared the last look; it has imported nothing heavy yet."""
+    for name in ("onnx", "triton"):  # other tests have
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    calls: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: calls.append(True))
     monkeypatch.setattr(sys, "argv", ["segtrain", "--version"])
+    return calls
+
+
+def test_the_process_ends_without_a_last_look_for_garbage(frozen: list[bool]) -> None:
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
     assert frozen
 
 
+@pytest.mark.parametrize("name", ["onnx", "triton"])
+def test_garbage_is_looked_for_where_a_library_would_tell_of_it(
+    name: str, frozen: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, sys)
+    with pytest.raises(SystemExit):
+        main()
+    assert not frozen
+
+
 @pytest.mark.slow
-def test_an_export_ends_without_a_word_of_leaks(exported_unet: tuple[Path, Path]) -> None:
-    command = ["export", "--checkpoint", str(exported_unet[0]), "--output", "again.onnx"]
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("models",),
+        ("train", "--epochs", "1", *TOY_TRAINING),
+        ("eval",),
+        ("predict", "photo.png"),
+        ("export", "--output", "again.onnx"),
+        ("export", "--output", "again.pt2", "--format", "torch"),
+    ],
+    ids=" ".join,
+)
+def test_no_command_ends_with_words_of_leaks(
+    command: tuple[str, ...], exported_unet: tuple[Path, Path], toy_coco: Path
+) -> None:
+    write_image(Path("photo.png"), np.zeros((40, 40, 3), dtype=np.uint8))
+    data = ("--data", str(toy_coco)) if command[0] in {"train", "eval"} else ()
     done = subprocess.run(
-        [sys.executable, "-m", "segtrain", *command],
+        [sys.executable, "-m", "segtrain", *command, *data],
+        env={**os.environ, "SEGTRAIN_CHECKPOINT": str(exported_unet[0])},
         capture_output=True,
         text=True,
         check=True,
