@@ -414,6 +414,71 @@ def test_an_animation_is_said_and_its_first_frame_taken(
     assert np.abs(panel[:, :40].astype(int) - (255, 0, 0)).mean() < 5
 
 
+# Whatever strangers send, and how a file of it is made. Half of it can be used.
+GOOD = {
+    "photo.jpg": lambda path: scene((4000, 6000)).save(path),
+    "deep.png": lambda path: Image.fromarray(np.full((40, 50), 30_000, np.uint16)).save(path),
+    "ink.jpg": lambda path: scene().convert("CMYK").save(path),
+    "palette.png": lambda path: scene().quantize(8).save(path),
+    "moving.gif": lambda path: scene().save(path, save_all=True, append_images=[scene((40, 51))]),
+    "really_png.jpg": lambda path: scene().save(path, format="PNG"),
+}
+BAD = {
+    "truncated.jpg": lambda path: path.write_bytes(content_of(scene())[:-300]),
+    "bomb.png": lambda path: Image.new("1", (10_001, 10_000)).save(path),
+    "empty.jpg": lambda path: path.touch(),
+    "words.webp": lambda path: path.write_text("no picture"),
+}
+
+
+def scene(size: tuple[int, int] = (40, 50)) -> Image.Image:
+    rows, columns = np.indices(size)
+    return Image.fromarray(np.stack([rows, columns, rows + columns], axis=-1).astype(np.uint8))
+
+
+def content_of(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="JPEG", quality=95)
+    return file.getvalue()
+
+
+PREDICT_AND_MEASURE = """
+import sys
+from pathlib import Path
+from segtrain.cli import run
+code = run(sys.argv[1:])
+# Not ru_maxrss: that one starts at the peak of the process that started this one.
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_of_strangers_files_takes_less_than_a_gigabyte(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in" / "folder.jpg").mkdir(parents=True)
+    for name, make in (GOOD | BAD).items():
+        make(tmp_path / "in" / name)
+    command = ["predict", "in", "--save", "mask,cutout", "--checkpoint", str(trained_run)]
+
+    done = subprocess.run(
+        [sys.executable, "-c", PREDICT_AND_MEASURE, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 3, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("skipped: ")]
+    assert len(told) == len(BAD)
+    assert all(any(name in line for line in told) for name in BAD)
+    written = sorted(path.name for path in Path("predictions").iterdir())
+    kinds = ("cutout", "mask")
+    assert written == sorted(f"{Path(name).stem}_{kind}.png" for name in GOOD for kind in kinds)
+    assert int(done.stdout.split()[-1]) * 1024 < 10**9
+
+
 def test_improvements_are_made_in_their_order(
     segtrain: Command, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
