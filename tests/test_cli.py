@@ -148,6 +148,7 @@ def test_an_existing_run_is_kept(segtrain: Command, toy_coco: Path, trained_run:
     assert (trained_run / "checkpoints" / "last.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_diverged_run_ends_with_6_and_keeps_no_broken_checkpoint(
     segtrain: Command, toy_coco: Path
 ) -> None:
@@ -178,8 +179,11 @@ def test_a_spaced_out_message_becomes_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("sent", "code", "to_group"),
-    [(signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True), (signal.SIGINT, 130, True)],
-    ids=["TERM", "TERM to the group", "INT to the group"],
+    [
+        pytest.param(signal.SIGTERM, 143, False, id="TERM"),
+        pytest.param(signal.SIGTERM, 143, True, id="TERM to the group", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, True, id="INT to the group", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_training_with_its_code_and_keeps_the_last_epoch(
     toy_coco: Path, tmp_path: Path, sent: signal.Signals, code: int, to_group: bool

@@ -75,6 +75,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="another C library")
+@pytest.mark.slow
 def test_memory_that_is_kept_need_not_be_cleared_again() -> None:
     """Counted in page faults: 1,280 MB are 320,000 pages of 4 KB, or 640 of 2 MB."""
     faults = {

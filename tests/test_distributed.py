@@ -86,6 +86,7 @@ def wait_for_line(process: subprocess.Popen[str], beginning: str) -> None:
     raise AssertionError("".join(seen))
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(
     segtrain: Command, people: Path, tmp_path: Path
 ) -> None:

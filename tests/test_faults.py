@@ -114,10 +114,6 @@ def killed_again_and_again(segtrain: Command, tmp_path: Path, rounds: int) -> No
     assert_same_training(tmp_path / "runs" / "x", tmp_path / "runs" / "straight")
 
 
-def test_every_run_that_is_killed_while_saving_goes_on(segtrain: Command, tmp_path: Path) -> None:
-    killed_again_and_again(segtrain, tmp_path, rounds=6)
-
-
 @pytest.mark.slow
 def test_forty_of_forty_runs_that_are_killed_go_on(segtrain: Command, tmp_path: Path) -> None:
     killed_again_and_again(segtrain, tmp_path, rounds=40)
@@ -225,6 +221,7 @@ def test_two_names_of_one_file_do_not_leave_a_third(tmp_path: Path) -> None:
 # --- Signals while saving -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_signal_lets_the_save_finish_and_a_third_does_not(
     segtrain: Command, command: list[str], straight: Path, tmp_path: Path
 ) -> None:
@@ -375,6 +372,7 @@ def private_mounts() -> list[str]:
     pytest.skip("nothing can be mounted here")
 
 
+@pytest.mark.slow
 def test_small_full_and_read_only_disks(command: list[str], straight: Path, tmp_path: Path) -> None:
     prefix = private_mounts()
     disk = tmp_path / "disk"

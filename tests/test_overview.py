@@ -35,7 +35,14 @@ def test_kept_bytes_by_hand() -> None:
     assert count_kept_bytes(Square(), image, dtype=None) == 2 * 3 * 10 * 10 * 4
 
 
-@pytest.mark.parametrize("name", ["unet", "fc_densenet56", "unet encoder=mobilenet_v3_large"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet",
+        pytest.param("fc_densenet56", marks=pytest.mark.slow),
+        "unet encoder=mobilenet_v3_large",
+    ],
+)
 def test_what_is_counted_without_tensors_is_what_tensors_show(name: str) -> None:
     row, _, encoder = name.partition(" encoder=")
     kwargs = {"encoder": encoder} if encoder else {}

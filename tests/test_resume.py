@@ -323,6 +323,7 @@ def test_a_signal_in_mid_epoch_is_heard_within_a_step(
     assert_same_training(Path("runs/x"), straight(arguments))
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_is_heard_as_one_to_the_process(
     segtrain: Command, toy: Path, straight: Callable[[list[str]], Path], tmp_path: Path
 ) -> None:

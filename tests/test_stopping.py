@@ -113,6 +113,7 @@ sys.exit(run(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_middle_of_an_import_leaves_a_whole_epoch(
     toy_coco: Path, tmp_path: Path
 ) -> None:
