@@ -97,8 +97,12 @@ def _factor_to_8_bits(picture: Image.Image) -> float | None:
 
 
 def _to_8_bits(picture: Image.Image, factor: float) -> Image.Image:
-    samples = np.rint(_samples(picture) * factor)
-    return Image.fromarray(np.clip(samples, 0, 255).astype(np.uint8))
+    samples = _samples(picture)
+    levels = np.clip(np.rint(samples * factor), 0, 255).astype(np.uint8)
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):  # PNG names one gray; it is laid on white, as all are
+        levels[samples == transparent] = 255
+    return Image.fromarray(levels)
 
 
 def _samples(picture: Image.Image) -> npt.NDArray[np.float32]:

@@ -253,6 +253,13 @@ def test_every_kind_of_colour_becomes_rgb(
     assert np.abs(pixels.astype(int) - np.array(colour)).max() <= 2
 
 
+def test_a_gray_of_16_bits_that_is_transparent_is_laid_on_white(tmp_path: Path) -> None:
+    samples = np.array([[0, 20_000, 20_001, 65_535]], dtype=np.uint16)
+    Image.fromarray(samples).save(tmp_path / "a.png", transparency=20_000)
+
+    assert read_image(tmp_path / "a.png")[..., 0].tolist() == [[0, 255, 78, 255]]
+
+
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_16_bits_are_scaled_to_8_not_clipped(suffix: str, channels: int, tmp_path: Path) -> None:
