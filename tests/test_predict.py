@@ -414,7 +414,7 @@ def test_an_animation_is_said_and_its_first_frame_taken(
     assert np.abs(panel[:, :40].astype(int) - (255, 0, 0)).mean() < 5
 
 
-# Whatever strangers send, and how a file of it is made. Half of it can be used.
+# What strangers send, and how a file of it is made: what can be used, and what cannot.
 GOOD = {
     "photo.jpg": lambda path: scene((4000, 6000)).save(path),
     "deep.png": lambda path: Image.fromarray(np.full((40, 50), 30_000, np.uint16)).save(path),

@@ -29,7 +29,7 @@ class Film:
     """A clip that is being written.
 
     Attributes:
-        tracks: each track of sound of the source, and what it becomes; None: it is left out.
+        tracks: what becomes of the source's tracks of sound, by their index; some are left out.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Film:
         self._container, self.kind, self.facts = container, kind, facts
         self._converter = Converter(facts.colour)
         self._video = _add_video(container, kind, facts)
-        self.tracks = [(source, add_track(container, kind, source)) for source in sounds]
-        self._tracks = {source.index: track for source, track in self.tracks}
+        added = {source.index: add_track(container, kind, source) for source in sounds}
+        self.tracks = {index: track for index, track in added.items() if track is not None}
 
     def add_frame(self, pixels: Pixels, ticks: int, duration: int) -> None:
         """Encode a frame.
@@ -56,22 +56,21 @@ class Film:
 
     def add_sound(self, packet: "Packet[Stream]") -> None:
         """Pass on a packet of one of the source's tracks."""
-        track = self._tracks[packet.stream.index]
+        track = self.tracks.get(packet.stream.index)
         if track is not None:
             track.add(packet)
 
     def finish(self) -> None:
         """Write what the encoders still hold back."""
         self._container.mux(self._video.encode(None))
-        for track in self._tracks.values():
-            if track is not None:
-                track.finish()
+        for track in self.tracks.values():
+            track.finish()
         self._container.close()
 
     @property
     def num_lost(self) -> int:
         """Packets of sound that were left out, so far."""
-        return sum(track.num_lost for track in self._tracks.values() if track is not None)
+        return sum(track.num_lost for track in self.tracks.values())
 
 
 @contextmanager
@@ -98,7 +97,7 @@ def writing(
     container = av.open(file, "w", format=kind.container)
     try:
         film = Film(container, kind, facts, sounds)
-        _tell_changes(target, film, tell)
+        _tell_changes(target, film, sounds, tell)
         yield film
         film.finish()
         if film.num_lost:
@@ -145,13 +144,16 @@ def _even(pixels: Pixels) -> Pixels:
     return np.asarray(grown, dtype=np.uint8)
 
 
-def _tell_changes(target: Path, film: Film, tell: Callable[[str], object]) -> None:
+def _tell_changes(
+    target: Path, film: Film, sounds: Sequence[AudioStream], tell: Callable[[str], object]
+) -> None:
     facts, kind = film.facts, film.kind
     if facts.width % 2 or facts.height % 2:
         tell(f"{target}: odd sides grow by one pixel, as {kind.codec} needs")
     if facts.colour.hdr:
         tell(f"{target}: HDR becomes standard range")
-    for source, track in film.tracks:
+    for source in sounds:
+        track = film.tracks.get(source.index)
         codec = codec_of(source) or "a codec that is not known"
         if track is None:
             tell(f"{target}: sound is left out, in {codec}: it can be neither copied nor encoded")
