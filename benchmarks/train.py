@@ -311,7 +311,7 @@ def cuda_row(
         torch.cuda.reset_peak_memory_stats(setting.device)
     median = statistics.median(seconds)
     # Two operations a multiply-add; backward takes two of forward.
-    flops = 6 * cost_of(model).macs * num_batches * batch_size / median
+    flops = 6 * cost_of(model).multiply_adds * num_batches * batch_size / median
     return [
         f"{num_batches * batch_size / median:.0f}",
         f"{memory:.1f}",

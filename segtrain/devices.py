@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     """auto: the first CUDA device, else the CPU.
+
+    A CUDA device comes back with its index: torch.cuda.set_device refuses one without.
 
     Args:
         local_rank: of several processes on this machine each takes the CUDA device of its number.
@@ -46,7 +48,7 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
             f"--device {name} is not there ({num_cuda} CUDA devices); "
             "use --device auto or check the driver with nvidia-smi"
         )
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> ResolvedPrecision:
@@ -71,15 +73,32 @@ def resolve_precision(precision: Precision, device: torch.device) -> ResolvedPre
 
 
 def autocast_for(precision: ResolvedPrecision, device: torch.device) -> Autocast:
-    """Makes the context of a forward pass; does nothing in fp32 and tf32."""
+    """Makes the context of a forward pass in this precision.
+
+    On CUDA that holds for float32, too: outside of tf32 nothing is rounded to TF32, and afterwards
+    torch's switches are as the caller left them.
+    """
     dtype = _AUTOCAST_DTYPES.get(precision)
-    return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+    return partial(_forward_on_cuda, precision, autocast) if device.type == "cuda" else autocast
+
+
+@contextmanager
+def _forward_on_cuda(precision: ResolvedPrecision, autocast: Autocast) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    set_float32_arithmetic(precision)
+    try:
+        with autocast():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def set_float32_arithmetic(precision: ResolvedPrecision) -> None:
     """Let CUDA multiply float32 with TF32's ten bits of mantissa in tf32 only.
 
-    torch's own default rounds convolutions so, whatever the precision is called.
+    torch's own default rounds convolutions so, whatever the precision is called. A backward pass
+    goes by what is set when it runs, so training sets it for good.
     """
     # torch's newer switches, an operation each, make its exporter's look at these raise.
     torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -5,8 +5,17 @@ The message says what went wrong, names the file and says what to do about it.
 
 from typing import ClassVar
 
-# torch, cv2 and CUDA each have words of their own for it, and not always a class.
-_NO_MEMORY = ("can't allocate memory", "out of memory", "insufficient memory")
+# torch, cv2 and CUDA each have words of their own for it, and not always a class. The last four are
+# cuDNN's and cuBLAS's when the GPU has no room for their workspace or for themselves.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "insufficient memory",
+    "unable to find an engine to execute this computation",
+    "cudnn_status_alloc_failed",
+    "cudnn_status_not_initialized",
+    "cublas_status_alloc_failed",
+)
 
 
 def says_out_of_memory(error: BaseException) -> bool:

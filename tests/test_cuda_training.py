@@ -84,7 +84,7 @@ def test_no_step_waits_for_the_gpu(
             clip_norm=1.0,
         ):
             average.update(1)
-            guard.look(suspicious=False)
+            guard.look()
 
     batches = pinned_batches(3)
     take(batches[:1])  # kernels are chosen and memory is taken

@@ -213,7 +213,7 @@ def _backward_of_new_features(
         _aten.threshold_backward.grad_input(grad_a, a, 0, grad_input=grad_a)
         # The sums over pixels of grad_a * (x - mean) * rstd and of grad_a.
         _, *norm_grads = _aten.native_batch_norm_backward(
-            *(grad_a, x_rows, norm.weight, norm.mean, norm.var, None, None),
+            *(grad_a, x_rows, norm.weight, norm.mean, norm.var, *_no_saved_moments(norm.mean)),
             *(False, norm.eps, [False, True, True]),
         )
         grad_x[rows].addcmul_(grad_a, _per_channel(norm.scale, grad_a))
@@ -237,10 +237,17 @@ def _add_moment_grads(
 ) -> Tensor:
     """The gradient of feature maps, with what reaches them by their mean and biased variance."""
     num_values = x.numel() // x.shape[1]
-    # (grad_mean + 2 grad_var (x - mean)) / num_values: to torch that is a batch norm, too.
+    # (grad_mean + 2 grad_var (x - mean)) / num_values: to torch that is a batch norm, too. Called
+    # by its inner name, for the outer one refuses an epsilon of 0 before torch 2.13.
     one = torch.ones_like(mean)
     slope, offset = 2 / num_values * grad_var, grad_mean / num_values
-    return grad + F.batch_norm(_copy(x), mean, one, slope, offset, eps=0.0)
+    moments = mean, one, False, 0.0, 0.0
+    return grad + torch.batch_norm(_copy(x), slope, offset, *moments, torch.backends.cudnn.enabled)
+
+
+def _no_saved_moments(like: Tensor) -> tuple[Tensor, Tensor]:
+    """For batch norm by given moments; CUDA's kernel insists on tensors."""
+    return like.new_empty(0), like.new_empty(0)
 
 
 def _room(x: Tensor, num_channels: int) -> Tensor:

@@ -38,11 +38,17 @@ Tile = tuple[Strip, Strip]
 def strips(length: int, side: int, device: torch.device) -> list[Strip]:
     """The tiles along one side of a picture, weighted as `segtrain.tiles.weights` says."""
     return [
-        Strip(where, torch.from_numpy(weights).to(device))
+        Strip(where, _on_device(torch.from_numpy(weights), device))
         for where, weights in zip(
             tiles.spans(length, side), tiles.weights(length, side), strict=True
         )
     ]
+
+
+def _on_device(weights: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for a GPU, which takes pinned memory."""
+    pinned = weights.pin_memory() if device.type == "cuda" else weights
+    return pinned.to(device, non_blocking=True)
 
 
 def probs_by_tiles(

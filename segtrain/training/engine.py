@@ -168,7 +168,8 @@ def _backward(
     world_size = dist.get_world_size() if parallel else 1
     # What was counted: the mean of the loss, images, intersection, union.
     step = torch.zeros(4, dtype=torch.float64, device=batch["mask"].device)
-    step[1] = len(batch["image"])
+    # Not step[1]: before torch 2.15 that waits for the GPU.
+    step[1:2] = len(batch["image"])
     num_pixels = sum_of_all((batch["mask"] != IGNORE).sum().double()).clamp(min=1)
     parts = list(pieces(batch, images_at_once))
     for number, piece in enumerate(parts, 1):
