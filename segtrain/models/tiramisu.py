@@ -56,9 +56,9 @@ class FCDenseNet(nn.Module):
         up_blocks: layers of each dense block on the way up, as many blocks as `down_blocks`.
         stem_channels: channels of the first 3x3 convolution.
         drop_rate: probability of dropout after every convolution of a layer or transition down.
-        memory_efficient: in training, make the dense blocks' BN and ReLU anew in the backward pass
-            instead of keeping their results: the same gradients from less than half the memory.
-            "auto" does so on a CPU, where it is no slower, and on a GPU that would fill up.
+        memory_efficient: in training, make the dense blocks' BN and ReLU again in the backward pass
+            instead of keeping their results: the same gradients from a quarter of the memory.
+            "auto" does so on a CPU, and on a GPU where that is faster or memory would run short.
     """
 
     def __init__(
@@ -149,24 +149,26 @@ class FCDenseNet(nn.Module):
         return max(1, _REUSED_BYTES // bytes_an_image)
 
     def _choose_what_to_keep(self, x: Tensor) -> None:
-        """Tell the dense blocks; `x` is what the first one gets."""
-        recompute = self.memory_efficient
-        if recompute == "auto":
-            recompute = x.device.type == "cpu" or (
-                x.device.type == "cuda" and self._bytes_to_keep(x) > _free_bytes(x.device) / 2
-            )
+        """Set the dense blocks' `memory_efficient`; `x` is what the first one gets."""
+        choice = self.memory_efficient
+        if choice == "auto" and x.device.type == "cuda":
+            # Room for the rest of the network is left.
+            choice = "auto" if self._bytes_to_keep(x) < _free_bytes(x.device) / 2 else True
         for module in self.modules():
             if isinstance(module, DenseBlock):
-                module.recompute = recompute
+                module.memory_efficient = choice
 
     def _bytes_to_keep(self, x: Tensor) -> int:
-        """What the dense blocks' BN and ReLU leave for the backward pass."""
+        """What the dense blocks leave for the backward pass in the paper's form.
+
+        Each layer keeps all features before it twice: concatenated, and after BN and ReLU.
+        """
         depth = len(self.downs)
         blocks = [*self.down_blocks, self.bottleneck, *self.up_blocks]
         values_a_pixel = 0.0
         for i, block in enumerate(blocks):
             level = min(i, 2 * depth - i)
-            values_a_pixel += sum(old.stop for old, _ in block.channels()) / 4**level
+            values_a_pixel += sum(2 * old.stop for old, _ in block.channels()) / 4**level
         num_pixels = x.shape[0] * x.shape[2] * x.shape[3]
         return int(values_a_pixel * num_pixels * x.element_size())
 
