@@ -307,6 +307,7 @@ def test_checking_leaves_nothing_behind() -> None:
 @pytest.fixture
 def taken(kernels: LayerOps, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What a block of 2 layers would be trained with, where its kernels are as said."""
+    dense_block_cuda._report.cache_clear()
 
     def take(
         block: DenseBlock | None = None,
@@ -368,6 +369,7 @@ def test_kernels_that_cannot_be_compiled_are_not_taken(
     parts = make_parts(5, size=(4, 4))
     monkeypatch.setattr(dense_block_cuda, "_agree", no_compiler)
     assert dense_block_cuda.training_ops(block, parts) is None
+    assert dense_block_cuda.training_ops(make_block(), parts) is None
     assert [r.getMessage() for r in caplog.records] == [
         "Triton's kernels for dense blocks are not used: Failed to find C compiler"
     ]

@@ -9,6 +9,7 @@ operators, and takes them where they agree and are faster.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -73,8 +74,14 @@ def _checked_kernels(block: "DenseBlock", parts: Sequence[Tensor]) -> LayerOps |
         raise
     except Exception as error:  # a compiler's own, and whatever a strange GPU makes of its code
         problem = (str(error).splitlines() or [type(error).__name__])[0]
-    _log.warning("Triton's kernels for dense blocks are not used: %s", problem)
+    _report(problem)
     return None
+
+
+@cache
+def _report(problem: str) -> None:
+    """Once, not for every block."""
+    _log.warning("Triton's kernels for dense blocks are not used: %s", problem)
 
 
 def _agree(block: "DenseBlock", parts: Sequence[Tensor], kernels: LayerOps) -> bool:

@@ -119,7 +119,8 @@ class FCDenseNet(nn.Module):
         height, width = image.shape[-2:]
         x = pad_to_multiple(self.normalize(image), 2 ** len(self.downs))
         x = self.stem(x)
-        if self.training:
+        # A compiler keeps what it likes, and would stop at a look at the GPU's memory.
+        if self.training and not torch.compiler.is_compiling():
             self._choose_what_to_keep(x)
         skips = []
         for block, down in zip(self.down_blocks, self.downs, strict=True):

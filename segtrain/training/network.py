@@ -13,6 +13,8 @@ from segtrain.distributed import World
 from segtrain.errors import UsageError
 from segtrain.models.dense_block import DenseBlock
 
+_MAX_COMPILATIONS = 256
+
 
 def make_ready(model: nn.Module, config: TrainConfig, world: World, device: torch.device) -> None:
     """Give a network, in place, the batch norm and the compilation that are configured.
@@ -30,6 +32,10 @@ def make_ready(model: nn.Module, config: TrainConfig, world: World, device: torc
                 "train.sync_bn is for U-Nets, for dense blocks measure by themselves; drop it"
             )
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    if config.compile != "off":
+        # All blocks share the code of one forward, and torch gives up on code that it has compiled
+        # eight times: every block, in training and in evaluation, is once.
+        torch._dynamo.config.recompile_limit = _MAX_COMPILATIONS
     if config.compile == "full":
         model.compile()
     elif config.compile == "blocks":
