@@ -29,7 +29,7 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer as the paper writes it."""
-        return self.dropout(self.conv(torch.relu(self.norm(x))))  # type: ignore[no-any-return]
+        return self.dropout(self.conv(self.norm(x).relu_()))  # type: ignore[no-any-return]
 
 
 class DenseBlock(nn.Module):
@@ -95,7 +95,7 @@ class DenseBlock(nn.Module):
 
     def as_in_the_paper(self, *parts: Tensor) -> Tensor:
         """The plain form: every layer gets all features before it, concatenated."""
-        features = torch.cat(parts, dim=1)
+        features = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         for layer in self.layers:
             features = torch.cat([features, layer(features)], dim=1)
         return features

@@ -25,7 +25,7 @@ class TransitionDown(nn.Module):
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(self.conv(torch.relu(self.norm(x))))
+        x = self.dropout(self.conv(self.norm(x).relu_()))
         return self.pool(x)  # type: ignore[no-any-return]
 
 
@@ -111,9 +111,10 @@ class FCDenseNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """N 3 H W RGB, uint8 or float in 0..255, any H and W → logits N num_classes H W."""
-        if torch.compiler.is_compiling():  # parts would fix the number of images for good
+        at_once = self._at_once(image)
+        if at_once is None:
             return self._logits(image)
-        return torch.cat([self._logits(part) for part in torch.split(image, self._at_once(image))])
+        return torch.cat([self._logits(part) for part in torch.split(image, at_once)])
 
     def _logits(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
@@ -135,17 +136,17 @@ class FCDenseNet(nn.Module):
         logits: Tensor = self.head(features)
         return logits[..., :height, :width]
 
-    def _at_once(self, image: Tensor) -> int:
-        """How many images to take at a time: all, but for evaluation on a CPU.
+    def _at_once(self, image: Tensor) -> int | None:
+        """How many images to take at a time: None, all of them, but for evaluation on a CPU.
 
         There the memory of small tensors is used again, while large ones are fresh from the system
         and have to be cleared; that costs more than a batch saves.
         """
         by_batch = self.bottleneck.layers[0].norm.training
-        if by_batch or torch.is_grad_enabled():
-            return len(image)
+        if torch.compiler.is_compiling() or by_batch or torch.is_grad_enabled():
+            return None  # A compiler would fix the number of images for good.
         if image.device.type != "cpu":
-            return len(image)
+            return None
         bytes_an_image = image.shape[2] * image.shape[3] * self.head.in_channels * 2
         return max(1, _REUSED_BYTES // bytes_an_image)
 
