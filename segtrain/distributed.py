@@ -4,6 +4,7 @@ One process alone is a world of one: everything here then does nothing.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ _T = TypeVar("_T")
 
 # A rank that is gone is noticed by its closed connection; this is for one that hangs.
 _PATIENCE = timedelta(minutes=10)
+# To leave a job that has failed: then the GPU may wait for a process that is gone (pytorch#119250).
+_SECONDS_TO_LEAVE, _SECONDS_TO_END = 5.0, 15.0
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,25 @@ def joined(*, on_cuda: bool) -> Iterator[World]:
             assert isinstance(group, dist.ProcessGroup)
             _control_group = group
             yield World(_number("RANK", 0), _number("LOCAL_RANK", 0), size)
-    finally:
+    except BaseException:
         _control_group = None
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _leave_in_time()
+        raise
+    _control_group = None
+    dist.destroy_process_group()
+
+
+def _leave_in_time() -> None:
+    """Leave the others without waiting for them for long, and have this process end for certain."""
+    leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    leaving.start()
+    leaving.join(_SECONDS_TO_LEAVE)
+    if leaving.is_alive():
+        # Python's end may wait for the same; by then the error has been printed.
+        ending = threading.Timer(_SECONDS_TO_END, os._exit, [ResourceError.exit_code])
+        ending.daemon = True
+        ending.start()
 
 
 @contextmanager

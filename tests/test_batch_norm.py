@@ -1,10 +1,13 @@
 """The statistics that networks are judged and used by, against batch norm written out by hand."""
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import TOY_TRAINING, Command
 from torch import Tensor, nn
 
 from segtrain.devices import autocast_for
@@ -227,3 +230,39 @@ def test_a_batch_is_split_where_pictures_do_not_feel_each_other_and_only_there(
     recalibrated(model, images, 3)
     model.train()(images)
     assert stems == [3, 3]
+
+
+# --- Over several GPUs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bn_eval", ["running", "batch", "recalibrate"])
+def test_sync_bn_synchronizes_in_steps_only_and_is_judged_as_plain_batch_norm(
+    segtrain: Command, toy_coco: Path, monkeypatch: pytest.MonkeyPatch, bn_eval: str
+) -> None:
+    """Elsewhere the processes pass different numbers of batches, and one would wait for ever."""
+
+    def synchronized(model: nn.Module, *_: object) -> None:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    def forward(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+        assert torch.is_grad_enabled()
+        steps.append(norm)
+        return plain_forward(norm, x)
+
+    steps: list[nn.SyncBatchNorm] = []
+    plain_forward = nn.SyncBatchNorm.forward
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", forward)
+    common = ["--data", toy_coco, *TOY_TRAINING, "--epochs", "2"]
+    common += ["--set", f"train.bn_eval={bn_eval}"]
+    assert segtrain("train", *common, "--name", "plain").code == 0
+    assert not steps
+    monkeypatch.setattr("segtrain.training.fit.make_ready", synchronized)
+    assert segtrain("train", *common, "--name", "sync", "--debug").code == 0
+
+    plain, sync = (
+        [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "sync")
+    )
+    assert steps
+    for key in ("train/loss", "val/person_iou", "val/pixel_accuracy"):
+        assert [row[key] for row in sync] == [row[key] for row in plain]

@@ -1,11 +1,11 @@
 """What can only be seen on a GPU: that nothing waits for it, and that its precisions train."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from conftest import no_waiting
 from torch import Tensor
 
 from segtrain.config import OptimConfig
@@ -31,15 +31,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Within, whatever waits for the GPU raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 def pinned_batches(number: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     return [
@@ -59,7 +50,6 @@ def test_no_step_waits_for_the_gpu(
     name: str,
     precision: ResolvedPrecision,
     optimizer_name: str,
-    request: pytest.FixtureRequest,
 ) -> None:
     device = resolve_device("cuda")
     model = build_model(name, **NETWORKS[name])
@@ -88,9 +78,8 @@ def test_no_step_waits_for_the_gpu(
 
     batches = pinned_batches(3)
     take(batches[:1])  # kernels are chosen and memory is taken
-    request.getfixturevalue("no_waiting")
-    take(batches)
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        take(batches)
 
     found = tally.read()
     assert math.isfinite(found.loss)

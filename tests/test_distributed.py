@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from coco_fixtures import make_toy_coco
 from conftest import Command
 
+from segtrain import distributed
 from segtrain.checkpoint import load_checkpoint
 from segtrain.distributed import World, joined
 from segtrain.errors import UsageError
@@ -194,3 +197,33 @@ def test_a_world_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(UsageError, match=r"WORLD_SIZE.*'many'"), joined(on_cuda=False):
         pass
+
+
+# --- Leaving a job that has failed --------------------------------------------------------------
+
+
+def test_a_gpu_that_waits_for_a_dead_process_does_not_keep_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu, ended = threading.Event(), threading.Event()
+    codes: list[int] = []
+    monkeypatch.setattr(dist, "destroy_process_group", gpu.wait)
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setattr(distributed, "_SECONDS_TO_LEAVE", 0.05)
+    monkeypatch.setattr(distributed, "_SECONDS_TO_END", 0.05)
+
+    distributed._leave_in_time()
+
+    assert ended.wait(10)
+    gpu.set()
+    assert codes == [5]
+
+
+def test_a_job_that_can_be_left_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[bool] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    monkeypatch.setattr(threading, "Timer", None)
+
+    distributed._leave_in_time()
+
+    assert left == [True]

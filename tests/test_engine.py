@@ -1,6 +1,7 @@
 """Training steps, against gradient descent by hand and against whole batches."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -423,6 +424,29 @@ def test_averaging_and_guarding_read_nothing_from_the_device(reads: list[str]) -
     assert reads == []
 
 
+@pytest.mark.parametrize("use_scaler", [False, True])
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_no_number_stops_a_step_whose_gradients_are(
+    loss: float, use_scaler: bool
+) -> None:
+    """The scaler knows gradients only, and must agree with what is counted."""
+    model, tally = Line(), Tally(CPU)
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", enabled=use_scaler)
+
+    run_steps(
+        model,
+        separable_batches([4]),
+        tally=tally,
+        scaler=scaler,
+        loss_fn=lambda *batch: cross_entropy(*batch) + loss,
+    )
+
+    assert tally.read().skipped == 1
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not use_scaler or scaler.get_scale() == 2.0**15  # halved, as after an overflow
+
+
 # --- Averages -----------------------------------------------------------------------------------
 
 
@@ -469,11 +493,12 @@ def test_statistics_that_overflowed_are_put_back_and_good_ones_kept() -> None:
     guard.look()
     good = [norm.running_var.clone() for norm in norms]
 
-    norms[1].running_var.fill_(math.nan)
+    norms[1].running_var[0] = math.nan
+    norms[1].running_var[1] = 5.0
     norms[2].running_var.fill_(7.0)
     guard.look()
 
-    assert torch.equal(norms[1].running_var, good[1])
+    assert norms[1].running_var.tolist() == [good[1][0].item(), 5.0]
     assert torch.equal(norms[2].running_var, torch.full_like(good[2], 7.0))
     assert not torch.equal(good[1], torch.ones_like(good[1]))
 

@@ -39,6 +39,14 @@ NO_NORM = ("--set", "model.norm=none")
 
 OUT_OF_MEMORY = {
     "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cudnn without a workspace": lambda: RuntimeError(
+        "GET was unable to find an engine to execute this computation"
+    ),
+    "cudnn": lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cudnn at its start": lambda: RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    "cublas": lambda: RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
     "numpy": lambda: MemoryError("Unable to allocate 9.9 GiB for an array"),
     "cpu": lambda: RuntimeError(
         "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate "

@@ -214,6 +214,39 @@ def problem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return BROKEN_CUDA[request.param]
 
 
+def test_on_cuda_float32_is_float32_and_no_size_of_picture_is_tried_out(
+    exported_unet: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import onnxruntime
+
+    real_session, asked = onnxruntime.InferenceSession, []
+
+    def session(content: bytes, options: Any, *, providers: Any, **others: Any) -> Any:
+        asked.extend(providers)
+        return real_session(content, options, providers=["CPUExecutionProvider"], **others)
+
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print(loaded.append("CUDA")))
+    loaded: list[str] = []
+
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        OnnxNetwork(exported_unet[1], HowToRun(device="cuda:1"))
+    OnnxNetwork(exported_unet[1], HowToRun(device="cpu"))
+
+    assert loaded == ["CUDA"]
+    assert capsys.readouterr().out == ""
+    [(provider, options), cpu] = asked
+    assert provider == "CUDAExecutionProvider"
+    assert options["device_id"] == "1"
+    assert options["use_tf32"] == "0"
+    assert options["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert cpu == ("CPUExecutionProvider", {})
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_cuda_that_cannot_be_used_is_refused_where_it_was_asked_for(
     exported_unet: tuple[Path, Path], problem: str, device: str

@@ -193,6 +193,28 @@ def test_every_parameter_is_optimized_once_and_only_kernels_decay(name: str) -> 
     assert decays == expected
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_first_step_adds_nothing_to_the_state(name: str, momentum: float) -> None:
+    """Else it could run out of memory where a rehearsal had not, and checkpoints would grow."""
+    model = small_model()
+    optimizer = build_optimizer(model, OptimConfig(name=name, momentum=momentum))  # type: ignore[arg-type]
+
+    def sizes() -> dict[tuple[int, str], tuple[torch.Size, torch.dtype]]:
+        return {
+            (number, key): (value.shape, value.dtype)
+            for number, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+
+    before = sizes()
+    set_gradients(model, 1)
+    optimizer.step()
+
+    assert before == sizes()
+    assert bool(before) == (name != "sgd" or momentum > 0)
+
+
 # --- All of them --------------------------------------------------------------------------------
 
 # torch's own optimizers, in their plainest form.

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
+import torch
+
 from segtrain.data import Pictures
 from segtrain.data.sample import tolerated
 from segtrain.devices import resolve_device
@@ -51,6 +53,9 @@ def judge(
             stack.enter_context(silenced())
             tell = _nothing
         device = resolve_device(wishes.device, world.local_rank if world.size > 1 else None)
+        if device.type == "cuda":
+            # Else the threads that pin memory take half a gigabyte of the first GPU each.
+            torch.cuda.set_device(device)
         settled = settle(wishes, device=device, world=world, tell=tell)
         mine = _count(settled, world, list(onlookers(settled.pictures)))
         counted = Counted.merged(world.gathered(mine))

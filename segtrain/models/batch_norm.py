@@ -64,10 +64,13 @@ def recalibrate(
     for norm in norms:
         norm.train()
         norm.reset_running_stats()
-        norm.momentum = None  # torch's word for the mean over all batches
     try:
         num_done = 0
-        for batch in prefetched(batches, device):
+        for number, batch in enumerate(prefetched(batches, device), 1):
+            for norm in norms:
+                # The mean over all batches so far. torch's own word for it, None, reads a counter
+                # from the GPU and waits, in every norm.
+                norm.momentum = 1 / number
             with autocast():
                 model(batch["image"])
             num_done += len(batch["image"])

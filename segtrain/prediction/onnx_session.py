@@ -1,5 +1,7 @@
 """An exported .onnx file in onnxruntime. Imports no torch."""
 
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,17 @@ def _provider(ort: Any, device: str) -> tuple[str, dict[str, str]]:
         raise UsageError(
             f"this onnxruntime has no CUDA for --device {device}: pip install onnxruntime-gpu"
         )
-    return _CUDA, {"device_id": number or "0"}
+    if hasattr(ort, "preload_dlls"):
+        # pip's own CUDA and cuDNN lie where the system does not look for libraries. Which are
+        # missing it prints, where results may be written to; the session says it, too.
+        with redirect_stdout(StringIO()):
+            ort.preload_dlls()
+    return _CUDA, {
+        "device_id": number or "0",
+        # The default tries every algorithm, again for each size of picture.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": "0",
+    }
 
 
 def _on_cuda(ort: Any, content: bytes, device: str, options: dict[str, str]) -> tuple[Any, str]:

@@ -50,15 +50,23 @@ class StatisticsGuard:
             for buffer in model.buffers()
             if buffer.is_floating_point() and buffer.numel()
         ]
-        self._good: list[Tensor] = [buffer.clone() for buffer in self._buffers]
+        self._sizes = [buffer.numel() for buffer in self._buffers]
+        self._good = self._flat()
 
     @torch.no_grad()
     def look(self) -> None:
-        """Put back the statistics that are not finite, and remember all of them."""
-        for buffer, good in zip(self._buffers, self._good, strict=True):
-            torch.where(buffer.isfinite().all(), buffer, good, out=buffer)
-        if self._buffers:
-            torch._foreach_copy_(self._good, self._buffers)
+        """Put back each value that is not finite, and remember all of them."""
+        if not self._buffers:
+            return
+        # As one tensor: a GPU would take longer to start a kernel for each buffer than to compute.
+        now = self._flat()
+        self._good = torch.where(now.isfinite(), now, self._good)
+        good = zip(torch.split(self._good, self._sizes), self._buffers, strict=True)
+        torch._foreach_copy_(self._buffers, [part.view_as(buffer) for part, buffer in good])
+
+    def _flat(self) -> Tensor:
+        parts = [buffer.flatten() for buffer in self._buffers]
+        return torch.cat(parts) if parts else torch.empty(0)
 
     @contextmanager
     def leaving_good_ones(self) -> Iterator[None]:

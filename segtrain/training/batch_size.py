@@ -10,6 +10,7 @@ from segtrain.errors import ResourceError
 from segtrain.progress import progress_bar
 from segtrain.training.losses import build_loss
 from segtrain.training.memory import fitting_number, rehearse_step
+from segtrain.training.network import unsynchronized
 from segtrain.training.setting import Setting
 
 
@@ -70,11 +71,12 @@ def smaller_number(setting: Setting, config: Config, model: nn.Module, tried: in
 
 
 def _rehearse(setting: Setting, config: Config, model: nn.Module, number: int) -> None:
-    rehearse_step(
-        model,
-        number,
-        image_size=config.data.image_size,
-        loss_fn=build_loss(config.loss),
-        autocast=setting.autocast,
-        device=setting.device,
-    )
+    with unsynchronized(model):  # the other processes may be in the middle of a step
+        rehearse_step(
+            model,
+            number,
+            image_size=config.data.image_size,
+            loss_fn=build_loss(config.loss),
+            autocast=setting.autocast,
+            device=setting.device,
+        )

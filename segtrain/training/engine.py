@@ -139,10 +139,13 @@ def training_steps(
 
         num_images = len(batch["image"])
         step = _backward(network, batch, loss_fn, scaler, autocast, images_at_once, sum_of_all)
-        scaler.unscale_(optimizer)
         gradients = [p.grad for p in parameters if p.grad is not None]
+        # The scaler looks at gradients only: a loss that is not finite makes one of them NaN.
+        for gradient in gradients[:1]:
+            gradient.add_(0 * step[0])
+        scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm(gradients, foreach=True)
-        finite = norm.isfinite() & step[0].isfinite()
+        finite = norm.isfinite()
         if clip_norm is not None:
             torch._foreach_mul_(gradients, (clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0))
         _step_if(finite, optimizer, scaler)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,23 @@ def make_ready(model: nn.Module, config: TrainConfig, world: World, device: torc
     elif config.compile == "blocks":
         for block in _blocks(model):
             block.compile()
+
+
+@contextmanager
+def unsynchronized(model: nn.Module) -> Iterator[None]:
+    """Within, sync_bn's layers are plain batch norm over the images of this process.
+
+    Outside of training steps the processes pass different numbers of batches, and a layer that
+    synchronizes would wait for one that never comes.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    for norm in norms:
+        norm.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.__class__ = nn.SyncBatchNorm
 
 
 def in_parallel(model: nn.Module, world: World) -> nn.Module:

@@ -33,11 +33,30 @@ class RMSprop(torch.optim.Adam):
                 )
 
 
+def _with_state(optimizer: torch.optim.Optimizer, *names: str) -> torch.optim.Optimizer:
+    """The state that torch makes in the first step, made now.
+
+    So the memory of the first step and the size of the first checkpoint are those of all others.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            # A fused kernel counts the steps on the device.
+            device = weight.device if group.get("fused") else "cpu"
+            step = torch.zeros((), dtype=torch.float32, device=device)
+            zeros = {name: torch.zeros_like(weight) for name in names}
+            optimizer.state[weight] = {"step": step, **zeros}
+    return optimizer
+
+
 def _rmsprop(groups: Any, config: OptimConfig) -> torch.optim.Optimizer:
     if config.momentum:
-        return torch.optim.RMSprop(
-            groups, lr=config.lr, alpha=config.alpha, eps=config.eps, momentum=config.momentum
-        )
+        options: dict[str, Any] = {
+            "alpha": config.alpha,
+            "eps": config.eps,
+            "momentum": config.momentum,
+        }
+        optimizer = torch.optim.RMSprop(groups, lr=config.lr, **options)
+        return _with_state(optimizer, "square_avg", "momentum_buffer")
     return RMSprop(groups, lr=config.lr, alpha=config.alpha, eps=config.eps)
 
 
@@ -52,11 +71,13 @@ def _sgd(groups: Any, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def _adam(groups: Any, config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
+    return _with_state(torch.optim.Adam(groups, lr=config.lr, **options), "exp_avg", "exp_avg_sq")
 
 
 def _adamw(groups: Any, config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
+    return _with_state(torch.optim.AdamW(groups, lr=config.lr, **options), "exp_avg", "exp_avg_sq")
 
 
 OPTIMIZERS: dict[str, Callable[[Any, OptimConfig], torch.optim.Optimizer]] = {

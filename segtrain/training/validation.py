@@ -15,7 +15,7 @@ from segtrain.models.batch_norm import NUM_TO_RECALIBRATE, evaluation_statistics
 from segtrain.models.inference import person_probs_of_picture
 from segtrain.pieces import pieces
 from segtrain.progress import progress_bar
-from segtrain.training.network import average_statistics
+from segtrain.training.network import average_statistics, unsynchronized
 from segtrain.training.setting import Setting, Stage
 
 _NUM_SAMPLES = 6
@@ -29,7 +29,11 @@ def measure_statistics(setting: Setting, stage: Stage, model: nn.Module, at_once
     """
     total = min(NUM_TO_RECALIBRATE, stage.train_set.num_images)
     stage.train_set.set_epoch(stage.train_set.epoch)  # from its beginning
-    with progress_bar(total=total, desc="measuring") as bar, worker_errors(stage.train_set.watched):
+    with (
+        progress_bar(total=total, desc="measuring") as bar,
+        worker_errors(stage.train_set.watched),
+        unsynchronized(model),
+    ):
         recalibrate(
             model,
             (piece for batch in stage.train_set for piece in pieces(batch, at_once)),
@@ -47,7 +51,11 @@ def validate(setting: Setting, stage: Stage, model: nn.Module) -> dict[str, floa
         Stopped: a signal came.
     """
     total = stage.val_set.num_images
-    with progress_bar(total=total, desc="validating") as bar, worker_errors(stage.val_set.watched):
+    with (
+        progress_bar(total=total, desc="validating") as bar,
+        worker_errors(stage.val_set.watched),
+        unsynchronized(model),
+    ):
         confusion = evaluate(
             model,
             stage.val_set,
@@ -66,7 +74,7 @@ def samples(
 ) -> Iterator[tuple[Pixels, Pixels, Pixels]]:
     """The same validation pictures every epoch: (image, mask, preds) at original resolution."""
     source = setting.val_source
-    with evaluation_statistics(model, stage.config.train.bn_eval):
+    with unsynchronized(model), evaluation_statistics(model, stage.config.train.bn_eval):
         for index in np.linspace(0, len(source) - 1, min(_NUM_SAMPLES, len(source))).astype(int):
             try:
                 sample = source.sample(int(index))
