@@ -61,6 +61,27 @@ def test_on_a_gpu_every_batch_arrives_whole_and_in_order(count: int, pinned: boo
     ]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pinned_memory_is_used_again_only_when_its_copy_is_done(channels_last: bool) -> None:
+    """The GPU is far behind, while new batches take the memory of those handed over."""
+    device, side = torch.device("cuda"), 512
+
+    def batches() -> Iterator[Batch]:
+        for number in range(30):
+            image = torch.full((2, 3, side, side), number, dtype=torch.uint8)
+            if channels_last:
+                image = image.contiguous(memory_format=torch.channels_last)
+            yield {"image": image.pin_memory(), "mask": torch.full((2, side, side), number)}
+
+    seen = []
+    for batch in prefetched(batches(), device):
+        torch.cuda._sleep(20_000_000)  # cycles, about a hundredth of a second
+        seen.append(torch.stack([batch["image"].min(), batch["image"].max()]))
+
+    assert torch.stack(seen).tolist() == [[number, number] for number in range(30)]
+
+
 KEEPS_MEMORY = """
 import resource, sys, torch
 from segtrain.devices import keep_freed_memory
