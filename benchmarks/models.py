@@ -1,7 +1,8 @@
 """Speed and memory of the networks against the field's way of writing them.
 
     python benchmarks/models.py                    # this CPU, bf16, batch 4, 224 x 224
-    python benchmarks/models.py --device cuda      # eager and compiled by block, bf16 and fp16
+    python benchmarks/models.py --device cuda      # batch 4, 16 and 32: plain, as CUDA graphs
+    python benchmarks/models.py --traffic          # bytes that a step moves on a GPU; needs none
 
 The reference is FC-DenseNet103 as most ports have it: torch.cat before every layer, and BN, ReLU,
 convolution and dropout as modules. It gets our weights, the same precision, memory format, batch
@@ -14,14 +15,18 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from traffic import step_traffic
 
-from segtrain.devices import describe_device, move_model
+from segtrain.devices import describe_device, move_model, resolve_device
+from segtrain.errors import says_out_of_memory
 from segtrain.models import build_model
 from segtrain.models.dense_block import DenseBlock
 from segtrain.models.overview import cost_of, count_kept_bytes
@@ -114,17 +119,28 @@ class Job:
         self.logits()
 
 
-def medians(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turn, after one turn to warm up."""
+def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, run in turn, after three turns to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 1):
+    for _ in range(3 + repeats):
         for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+            seconds[name].append(timed(run))
+    return {name: statistics.median(times[3:]) for name, times in seconds.items()}
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds; on a GPU by its own clock, from when it has nothing else to do."""
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -201,85 +217,196 @@ def check_same_logits(reference: nn.Module, ours: nn.Module) -> None:
     torch.testing.assert_close(ours.eval()(image), reference.eval()(image), rtol=1e-3, atol=1e-3)
 
 
-def on_cuda(device: torch.device, repeats: int) -> None:
-    """Batches that fill half of the card and more, eager and compiled by block."""
-    table = Table(title=f"FC-DenseNet103, {SIZE} x {SIZE}, {describe_device(device)}")
-    headings = (
-        "network",
-        "precision",
-        "batch",
-        "train images/s",
-        "peak GB",
-        "of peak",
-        "compile s",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="right")
+def on_cuda(device: torch.device, batch_sizes: list[int], repeats: int, compiled: bool) -> None:
+    """All ways to take a step, in turn, at each batch size; and the largest batch of each."""
+    # Crops are of one size, so cuDNN may try which of its kernels are fastest; for all alike.
+    torch.backends.cudnn.benchmark = True
     ours = build_model("tiramisu")
     check_same_logits(NaiveTiramisu(ours), ours)
-    for dtype in (torch.bfloat16, torch.float16):
-        peak = matmul_peak(device, dtype)
-        for name, make in cuda_variants(ours).items():
-            model = make()
-            move_model(model, device)
-            cells = largest_batch(model, device, dtype, repeats, peak)
-            table.add_row(name, str(dtype).removeprefix("torch."), *cells)
-    Console().print(table)
+    dtype = torch.bfloat16
+    peak, bandwidth = matmul_peak(device, dtype), copy_bandwidth(device)
+    console = Console(width=120)
+    title = f"FC-DenseNet103, {SIZE} x {SIZE}, bf16, {describe_device(device)}"
+    console.print(f"matrix product {peak / 1e3:.0f} TFLOP/s, copies {bandwidth / 1e12:.2f} TB/s")
+    for batch_size in batch_sizes:
+        table = Table(title=f"{title}, batch {batch_size}")
+        for heading in ("step", "ms", "x textbook's speed", "launches", "peak GB", "of matrix peak",
+                        "GB moved", "of copies"):  # fmt: skip
+            table.add_column(heading, justify="right" if heading != "step" else "left")
+        runs = cuda_runs(ours, batch_size, device, dtype, compiled)
+        seconds = medians({name: run.step for name, run in runs.items()}, repeats)
+        flops = 6 * cost_of("tiramisu").multiply_adds * batch_size
+        for name, run in runs.items():
+            moved = step_traffic(run.make_model, batch_size, SIZE, dtype)[0]
+            row = [
+                f"{1e3 * seconds[name]:.1f}",
+                f"{seconds['textbook'] / seconds[name]:.2f}",
+                str(count_launches(run.step)),
+                f"{peak_memory(run.step) / 1e9:.1f}",
+                f"{flops / seconds[name] / 1e9 / peak:.0%}",
+                *([f"{moved / 1e9:.0f}", f"{moved / seconds[name] / bandwidth:.0%}"]
+                  if run.is_counted else ["", ""]),
+            ]  # fmt: skip
+            table.add_row(name, *row)
+        console.print(table)
+        del runs
+        torch.cuda.empty_cache()
+    console.print(largest_batches(ours, device, dtype))
 
 
-def cuda_variants(ours: nn.Module) -> dict[str, Callable[[], nn.Module]]:
-    def variant(memory_efficient: bool, compiled: bool) -> nn.Module:
+class CudaRun(NamedTuple):
+    """A way to take a step.
+
+    make_model: makes its network again, for counting.
+    is_counted: whether `traffic` knows what it moves; a compiler's kernels it does not know.
+    """
+
+    step: Callable[[], None]
+    make_model: Callable[[], nn.Module]
+    is_counted: bool = True
+
+
+def cuda_runs(
+    ours: nn.Module, batch_size: int, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> dict[str, CudaRun]:
+    """The field's network plain, channels_last, compiled and as a CUDA graph; ours likewise."""
+
+    def variant(memory_efficient: bool | str) -> nn.Module:
         model = copy.deepcopy(ours)
         model.memory_efficient = memory_efficient
-        for module in model.modules():
-            if compiled and isinstance(module, DenseBlock):
-                module.compile()
         return model
 
-    return {
-        "reference": lambda: NaiveTiramisu(ours),
-        "plain": lambda: variant(False, False),
-        "memory-efficient": lambda: variant(True, False),
-        "compiled": lambda: variant(False, True),
+    def textbook() -> nn.Module:
+        return NaiveTiramisu(ours)
+
+    def job(make: Callable[[], nn.Module], memory_format: torch.memory_format) -> Job:
+        model = make().to(device=device, memory_format=memory_format)
+        return Job(model, batch_size, device, dtype)
+
+    last = torch.channels_last
+    ways = {
+        "textbook": textbook,
+        "ours, auto": partial(variant, "auto"),
+        "ours, memory_efficient=false": partial(variant, False),
+        "ours, memory_efficient=true": partial(variant, True),
     }
+    runs = {"textbook, not channels_last": CudaRun(
+        job(textbook, torch.contiguous_format).train_step, textbook
+    )}  # fmt: skip
+    for name, make in ways.items():
+        runs[name] = CudaRun(job(make, last).train_step, make)
+        runs[f"{name}, CUDA graph"] = CudaRun(as_graph(job(make, last)), make)
+    if compiled:
+        for name in ("textbook", "ours, memory_efficient=false"):
+            run = job(ways[name], last)
+            run.model.compile()
+            runs[f"{name}, compiled"] = CudaRun(run.train_step, ways[name], is_counted=False)
+    return runs
 
 
-def largest_batch(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, repeats: int, peak: float
-) -> list[str]:
-    """Double the batch until the card is full; the figures of the largest that fits."""
-    macs = cost_of("tiramisu").multiply_adds
-    started = time.perf_counter()
-    Job(model, 8, device, dtype).train_step()
+def as_graph(job: Job) -> Callable[[], None]:
+    """The step, recorded once; replaying it costs the host a single launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            job.train_step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        job.train_step()
+    return graph.replay
+
+
+def count_launches(step: Callable[[], None]) -> int:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+
+
+def peak_memory(step: Callable[[], None]) -> int:
     torch.cuda.synchronize()
-    first = time.perf_counter() - started
-    cells = ["-"] * 5
-    batch_size = 8
-    while batch_size <= 1024:
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            job = Job(model, batch_size, device, dtype)
-            seconds = medians({"step": job.train_step}, repeats)["step"]
-        except torch.cuda.OutOfMemoryError:
-            break
-        rate = 6 * macs * batch_size / seconds / 1e9
-        memory = torch.cuda.max_memory_allocated() / 1e9
-        cells = [str(batch_size), f"{batch_size / seconds:.0f}", f"{memory:.1f}"]
-        cells += [f"{rate / peak:.0%}", f"{first:.0f}"]
-        batch_size *= 2
-    torch.cuda.empty_cache()
-    return cells
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that copies of large tensors read and write."""
+    a = torch.empty(2**30, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.numel() / medians({"copy": lambda: b.copy_(a)}, 9)["copy"]
+
+
+def largest_batches(ours: nn.Module, device: torch.device, dtype: torch.dtype) -> Table:
+    """Double the batch until the card is full."""
+    table = Table(title="largest batch that fits, of 8, 16, 32 ...")
+    table.add_column("network")
+    table.add_column("batch", justify="right")
+    ways: dict[str, Callable[[], nn.Module]] = {"textbook": lambda: NaiveTiramisu(ours)}
+    for efficient in (False, True):
+        ways[f"ours, memory_efficient={str(efficient).lower()}"] = partial(
+            _efficient, ours, efficient
+        )
+    for name, make in ways.items():
+        model = make()
+        move_model(model, device)
+        fits, batch_size = 0, 8
+        while batch_size <= 4096:
+            try:
+                Job(model, batch_size, device, dtype).train_step()
+            except RuntimeError as error:
+                if not says_out_of_memory(error):
+                    raise
+                break
+            fits, batch_size = batch_size, 2 * batch_size
+        table.add_row(name, str(fits))
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    return table
+
+
+def _efficient(ours: nn.Module, memory_efficient: bool) -> nn.Module:
+    model = copy.deepcopy(ours)
+    model.memory_efficient = memory_efficient
+    return model
+
+
+def traffic(batch_sizes: list[int]) -> None:
+    """What a step moves through a GPU's memory; counted, so no GPU is needed."""
+    table = Table(title=f"FC-DenseNet103, {SIZE} x {SIZE}, bf16: GB read and written in a step")
+    table.add_column("")
+    for batch_size in batch_sizes:
+        table.add_column(f"batch {batch_size}", justify="right")
+    ways: dict[str, Callable[[], nn.Module]] = {
+        "textbook": lambda: NaiveTiramisu(build_model("tiramisu")),
+        "ours, memory_efficient=false": lambda: build_model("tiramisu", memory_efficient=False),
+        "ours, memory_efficient=true": lambda: build_model("tiramisu", memory_efficient=True),
+    }
+    for name, make in ways.items():
+        counts = [step_traffic(make, size, SIZE, torch.bfloat16)[0] for size in batch_sizes]
+        table.add_row(name, *(f"{count / 1e9:.1f}" for count in counts))
+    Console().print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=4, help="on a CPU")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 16, 32], help="on CUDA")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile, too: minutes")
+    parser.add_argument("--traffic", action="store_true", help="only count the bytes of a step")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.device == "cuda":
-        on_cuda(torch.device("cuda"), arguments.repeats)
+    if arguments.traffic:
+        traffic(arguments.batch_sizes)
+    elif arguments.device == "cuda":
+        device = resolve_device("cuda")
+        on_cuda(device, arguments.batch_sizes, arguments.repeats, arguments.compiled)
     else:
         on_cpu(arguments.batch_size, arguments.repeats)
 

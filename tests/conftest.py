@@ -14,6 +14,10 @@ from export_cases import write_checkpoint
 
 from segtrain.cli import run
 
+# Read when triton is imported. Without a GPU its kernels are interpreted (test_dense_layer_triton).
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # A network and a run small enough to train in a second or two.
 TOY_TRAINING = (
     *("--set", "model.base_channels=4", "--set", "model.depth=2", "--set", "optim.warmup_steps=5"),

@@ -76,7 +76,7 @@ def statistics_by_hooks(
         norm.train()
         norm.track_running_stats = False
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DenseBlock, "forward", DenseBlock._as_in_the_paper)
+        patch.setattr(DenseBlock, "forward", DenseBlock.as_in_the_paper)
         for batch in batches:
             model(batch)
     for handle in handles:

@@ -144,7 +144,7 @@ def make_block(
     torch.manual_seed(0)
     block = DenseBlock(in_channels, num_layers, 2, p).double().train()
     uneven(block)
-    block.recompute = recompute
+    block.memory_efficient = recompute
     return block
 
 
@@ -253,7 +253,7 @@ def test_a_block_has_the_textbooks_outputs_and_gradients(
 def test_a_fresh_block_of_one_part_and_one_layer(recompute: bool) -> None:
     torch.manual_seed(0)
     block = DenseBlock(2, 1, 3, 0.0).double()
-    block.recompute = recompute
+    block.memory_efficient = recompute
     x = noise(2, 2, 1, 3).requires_grad_()
     output, grads = run(block, [x])
     book = Textbook(block)
@@ -312,7 +312,7 @@ def test_recomputing_changes_no_bit(dtype: torch.dtype) -> None:
     block, parts = make_block(0.25).to(dtype), two_parts()
     parts = [part.detach().to(dtype).requires_grad_() for part in parts]
     kept = run(block, parts)
-    block.recompute = True
+    block.memory_efficient = True
     assert_equal(run(block, parts), kept)
     other_seed, _ = run(block, parts, seed=6)
     assert not torch.equal(other_seed, kept[0])
@@ -387,7 +387,7 @@ def test_gradcheck(recompute: bool) -> None:
     """Against differences of outputs, without any autograd."""
     torch.manual_seed(1)
     block = DenseBlock(2, 2, 2, 0.25).double()
-    block.recompute = recompute
+    block.memory_efficient = recompute
     for norm in (layer.norm for layer in block.layers):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.bias, -0.5, 0.5)
@@ -552,14 +552,19 @@ def test_nothing_is_kept_behind_autograds_back(recompute: bool) -> None:
     assert sum(tensors(value) for value in vars(output.grad_fn).values()) == 0
 
 
-def test_the_estimate_of_what_recomputing_saves_is_what_it_saves() -> None:
-    image = picture(8, 12)
-    plain = bytes_kept(make_network(0.25, memory_efficient=False), image)
-    recomputing = bytes_kept(make_network(0.25, memory_efficient=True), image)
-    network = make_network()
-    estimate = network._bytes_to_keep(network.stem(image))
-    assert 0 < recomputing < plain
-    assert plain - recomputing == estimate
+def test_the_estimate_of_what_the_papers_form_keeps_is_what_its_blocks_keep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(DenseBlock, "_ops", lambda block, parts: None)
+    network, sides = make_network(), [(8, 12), (4, 6), (2, 3), (4, 6), (8, 12)]
+    blocks = [*network.down_blocks, network.bottleneck, *network.up_blocks]
+    kept = sum(
+        bytes_kept(block, noise(2, block.in_channels, *side).requires_grad_())
+        for block, side in zip(blocks, sides, strict=True)
+    )
+    moments = sum(2 * 8 * old.stop for block in blocks for old, _ in block.channels())
+    estimate = network._bytes_to_keep(network.stem(picture(8, 12)))
+    assert estimate == kept - moments
 
 
 @both_ways
@@ -586,7 +591,7 @@ def test_portions_give_what_the_whole_gives(
     block, parts = make_block(0.25, recompute=recompute), two_parts()
     output, grads = run(block, parts)
     limit = 1 if images == 1 else 2 * 5 * 7 * 9 * 8  # what the last layer reads of two images
-    monkeypatch.setattr("segtrain.models.growth._PORTION_BYTES", limit)
+    monkeypatch.setattr("segtrain.models.dense_layer_aten._PORTION_BYTES", limit)
     with Calls() as calls:
         actual_output, actual = run(block, parts)
     # With two images at a time those layers that read less may take all three.
@@ -606,7 +611,7 @@ def test_strips_of_rows_give_what_the_whole_gives(
     with torch.no_grad():
         expected = block(old, new)
         largest = 5 * 7 * 9 * 8  # bytes that the last layer reads of an image
-        monkeypatch.setattr("segtrain.models.growth._STRIP_BYTES", largest / num_strips)
+        monkeypatch.setattr("segtrain.models.dense_layer_aten._STRIP_BYTES", largest / num_strips)
         with Calls() as calls:
             output = block(old, new)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
@@ -694,19 +699,28 @@ def test_a_traced_block_trains_as_the_eager_one() -> None:
 # --- memory_efficient --------------------------------------------------------------------------
 
 
-def recomputes(network: nn.Module) -> set[bool]:
-    return {module.recompute for module in network.modules() if isinstance(module, DenseBlock)}
+def of_the_blocks(network: nn.Module) -> set[bool | str]:
+    return {
+        module.memory_efficient for module in network.modules() if isinstance(module, DenseBlock)
+    }
 
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(True, True), (False, False), ("true", True), ("false", False), ("auto", True)],
+    [(True, True), (False, False), ("true", True), ("false", False), ("auto", "auto")],
 )
-def test_memory_efficient_reaches_every_block(value: bool | str, expected: bool) -> None:
-    """On a CPU auto recomputes."""
+def test_memory_efficient_reaches_every_block(value: bool | str, expected: bool | str) -> None:
     network = build_model("tiramisu", memory_efficient=value, **SLIM)
     network(torch.zeros(1, 3, 8, 8))
-    assert recomputes(network) == {expected}
+    assert of_the_blocks(network) == {expected}
+
+
+def test_on_a_cpu_auto_recomputes() -> None:
+    kept = {
+        value: bytes_kept(make_network(memory_efficient=value), picture())
+        for value in (True, False, "auto")
+    }
+    assert kept["auto"] == kept[True] < kept[False]
 
 
 def test_memory_efficient_is_auto_unless_told() -> None:
@@ -731,17 +745,20 @@ def test_memory_efficient_maybe_is_a_usage_error() -> None:
 @pytest.mark.parametrize(
     ("memory_efficient", "room", "expected"),
     [
-        ("auto", 2.1, False),
-        ("auto", 1.9, True),
-        (True, 2.1, True),
-        (False, 1.9, False),
+        ("auto", 2.2, "auto"),
+        ("auto", 1.8, True),
+        (True, 2.2, True),
+        (False, 1.8, False),
     ],
 )
-def test_on_a_gpu_auto_recomputes_where_half_of_the_free_memory_would_not_do(
-    memory_efficient: bool | str, room: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+def test_on_a_gpu_auto_is_efficient_where_half_of_the_free_memory_would_not_do(
+    memory_efficient: bool | str, room: float, expected: bool | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = make_network(memory_efficient=memory_efficient)
-    needs = bytes_kept(make_network(memory_efficient=False), picture())
+    with monkeypatch.context() as patch:
+        patch.setattr(DenseBlock, "_ops", lambda block, parts: None)
+        needs = bytes_kept(make_network(), picture())
+    # What is beside the blocks is kept in any form.
     needs -= bytes_kept(make_network(memory_efficient=True), picture())
     free = int(needs * room)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100 * free))
@@ -749,7 +766,7 @@ def test_on_a_gpu_auto_recomputes_where_half_of_the_free_memory_would_not_do(
         device=torch.device("cuda"), shape=torch.Size((2, 5, 8, 12)), element_size=lambda: 8
     )
     network._choose_what_to_keep(on_gpu)  # type: ignore[arg-type]
-    assert recomputes(network) == {expected}
+    assert of_the_blocks(network) == {expected}
 
 
 # --- Dropout -----------------------------------------------------------------------------------

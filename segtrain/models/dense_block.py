@@ -1,11 +1,20 @@
 """Dense blocks (Jégou et al. 2017, arXiv 1611.09326, figure 2 and table 1)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from segtrain.models.growth import Growth, Plan, join, new_features, running_norm
+from segtrain.models import dense_block_cuda, dense_layer_aten
+from segtrain.models.dense_block_fused import (
+    DenseBlockFunction,
+    LayerOps,
+    LayerPlan,
+    Moments,
+    autocast_dtype,
+    join,
+)
 from segtrain.models.layers import Dropout
 
 
@@ -20,15 +29,21 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer as the paper writes it."""
-        return self.dropout(self.conv(torch.relu(self.norm(x))))  # type: ignore[no-any-return]
+        return self.dropout(self.conv(self.norm(x).relu_()))  # type: ignore[no-any-return]
 
 
 class DenseBlock(nn.Module):
     """Layers that each see the block's input and all features made before.
 
+    The block computes the same in two forms: as the paper writes it, and fused
+    (`dense_block_fused`). A CPU always takes the fused form, but for training by running
+    statistics. A GPU evaluates by the paper's form and trains by the faster one. A compiler gets
+    the paper's form, which it fuses itself.
+
     Attributes:
-        recompute: the backward pass makes BN and ReLU anew instead of keeping their results; the
-            convolutions are not computed twice. The gradients are the same.
+        memory_efficient: in training, keep little for the backward pass and make BN and ReLU again
+            there; the convolutions are not computed twice and the gradients are the same. "auto"
+            does so on a CPU, and on a GPU where that is the faster form.
     """
 
     layers: Sequence[DenseLayer]
@@ -39,7 +54,7 @@ class DenseBlock(nn.Module):
         super().__init__()
         self.in_channels, self.growth_rate = in_channels, growth_rate
         self.out_channels = in_channels + num_layers * growth_rate
-        self.recompute = False
+        self.memory_efficient: bool | Literal["auto"] = "auto"
         self.layers = nn.ModuleList(  # type: ignore[assignment]
             DenseLayer(in_channels + i * growth_rate, growth_rate, drop_rate)
             for i in range(num_layers)
@@ -50,67 +65,88 @@ class DenseBlock(nn.Module):
 
         The input comes first, the new features of each layer behind it.
         """
-        by_batch = self.layers[0].norm.training
-        wants_grad = torch.is_grad_enabled()
-        # A compiler fuses the textbook's form itself, and training by running statistics is too
-        # rare a wish to be fast.
-        if torch.compiler.is_compiling() or (not by_batch and (wants_grad or self.training)):
-            return self._as_in_the_paper(*parts)
-        device_type = parts[0].device.type
-        dtype = parts[0].dtype
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
+        ops = self._ops(parts)
+        if ops is None:
+            return self.as_in_the_paper(*parts)
+        device_type, dtype = parts[0].device.type, autocast_dtype(parts[0])
         with torch.autocast(device_type, enabled=False):
-            grow = self._grow_by_batch if by_batch else self._grow
-            return grow([part.to(dtype) for part in parts])
+            cast = [part.to(dtype) for part in parts]
+            if not self.layers[0].norm.training:
+                return self._evaluate(cast)
+            features, moments = self.train_fused(ops, cast)
+            self._update_running_stats(moments, features.numel() // self.out_channels)
+            return features
 
-    def channels(self) -> Iterator[tuple[slice, slice]]:
+    def _ops(self, parts: Sequence[Tensor]) -> LayerOps | None:
+        """What the fused form is computed with; None: take the paper's form."""
+        if torch.compiler.is_compiling():
+            return None
+        by_batch, wants_grad = self.layers[0].norm.training, torch.is_grad_enabled()
+        if parts[0].device.type == "cuda":
+            return dense_block_cuda.training_ops(self, parts) if by_batch and wants_grad else None
+        if not by_batch and (wants_grad or self.training):
+            return None
+        return dense_layer_aten
+
+    def channels(self) -> list[tuple[slice, slice]]:
         """For each layer the channels that it reads and those that it writes."""
-        for end in range(self.in_channels, self.out_channels, self.growth_rate):
-            yield slice(0, end), slice(end, end + self.growth_rate)
+        ends = range(self.in_channels, self.out_channels, self.growth_rate)
+        return [(slice(0, end), slice(end, end + self.growth_rate)) for end in ends]
 
-    def _as_in_the_paper(self, *parts: Tensor) -> Tensor:
-        features = torch.cat(parts, dim=1)
+    def as_in_the_paper(self, *parts: Tensor) -> Tensor:
+        """The plain form: every layer gets all features before it, concatenated."""
+        features = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         for layer in self.layers:
             features = torch.cat([features, layer(features)], dim=1)
         return features
 
-    def _grow(self, parts: list[Tensor]) -> Tensor:
-        """By running statistics, without dropout and gradients."""
-        features = join(parts, self.out_channels)
-        for layer, (old, new) in zip(self.layers, self.channels(), strict=True):
-            y = new_features(features[:, old], running_norm(layer.norm), *layer.conv.parameters())
-            features[:, new] = y
-        return features
-
-    def _grow_by_batch(self, parts: list[Tensor]) -> Tensor:
-        """By statistics of the batch, with a way back for the gradients."""
+    def train_fused(self, ops: LayerOps, parts: list[Tensor]) -> tuple[Tensor, Moments]:
+        """Features and their moments by statistics of the batch, with gradients."""
         weights = [
             weight
             for layer in self.layers
             for weight in (layer.norm.weight, layer.norm.bias, layer.conv.weight, layer.conv.bias)
         ]
-        plan = Plan(
-            channels=list(self.channels()),
-            eps=self.layers[0].norm.eps,
-            dropouts=[layer.dropout for layer in self.layers],
-            recompute=self.recompute or not torch.is_grad_enabled(),
+        plans = [
+            LayerPlan(old, new, layer.norm.eps, layer.dropout)
+            for layer, (old, new) in zip(self.layers, self.channels(), strict=True)
+        ]
+        recompute = bool(self.memory_efficient) or not torch.is_grad_enabled()
+        features, mean, var = DenseBlockFunction.apply(
+            ops, plans, recompute, len(parts), *parts, *weights
         )
-        features, mean, var = Growth.apply(plan, len(parts), *parts, *weights)
-        num_values = features.numel() // self.out_channels
-        unbiased = var * (num_values / max(num_values - 1, 1))
-        for layer, (old, _) in zip(self.layers, self.channels(), strict=True):
-            if layer.norm.track_running_stats:
-                _update_running_statistics(layer.norm, mean[old], unbiased[old])
-        return features  # type: ignore[no-any-return]
+        return features, Moments(mean, var)
 
+    def _evaluate(self, parts: list[Tensor]) -> Tensor:
+        """By running statistics, without dropout and gradients."""
+        features = join(parts, self.out_channels)
+        for layer, (old, new) in zip(self.layers, self.channels(), strict=True):
+            norm = dense_layer_aten.running_norm(layer.norm)
+            features[:, new] = dense_layer_aten.new_features(
+                features[:, old], norm, *layer.conv.parameters()
+            )
+        return features
 
-@torch.no_grad()
-def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
-    """As torch's own batch norm does in training."""
-    norm.num_batches_tracked += 1  # type: ignore[operator, assignment]
-    share = norm.momentum
-    if share is None:  # the mean over all batches so far
-        share = 1 / int(norm.num_batches_tracked)  # type: ignore[arg-type]
-    for running, now in ((norm.running_mean, mean), (norm.running_var, var)):
-        running.lerp_(now.to(running.dtype), share)  # type: ignore[union-attr]
+    @torch.no_grad()
+    def _update_running_stats(self, moments: Moments, num_values: int) -> None:
+        """As torch's own batch norm does in training, for all layers at once."""
+        norms = [layer.norm for layer in self.layers]
+        if not norms[0].track_running_stats:
+            return
+        unbiased = moments.var * (num_values / max(num_values - 1, 1))
+        running, now, numbers = [], [], []
+        for norm, (old, _) in zip(norms, self.channels(), strict=True):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            assert norm.num_batches_tracked is not None
+            running += [norm.running_mean, norm.running_var]
+            now += [m[old].to(norm.running_mean.dtype) for m in (moments.mean, unbiased)]
+            numbers.append(norm.num_batches_tracked)
+        torch._foreach_add_(numbers, 1)
+        momentum = norms[0].momentum
+        if momentum is not None:
+            torch._foreach_lerp_(running, now, momentum)
+            return
+        # The mean over all batches so far; their number stays on the device.
+        for i, (r, n) in enumerate(zip(running, now, strict=True)):
+            r.lerp_(n, 1 / numbers[i // 2].to(r.dtype))

@@ -30,8 +30,8 @@ class Normalize(nn.Module):
 class Dropout(nn.Module):
     """Plain dropout of single values (Srivastava et al. 2014), not of whole channels.
 
-    torch's own draws a number for each value and, on a CPU, takes as long as the convolution before
-    it. Sixteen bits are enough: the probability is `p` rounded to a multiple of 1/65536.
+    On a CPU torch's own draws a number for each value and takes as long as the convolution before
+    it. Sixteen bits are enough there: the probability is `p` rounded to a multiple of 1/65536.
 
     Args:
         p: probability of a value to be dropped, 0 <= p < 1.
@@ -66,6 +66,9 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """N C H W of any float type → the same."""
+        # A GPU draws in no time, and a compiler would stop at our draw.
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.dropout(x, self.p, self.training)
         return self.masked(x, self.draw(x))
 
 

@@ -25,7 +25,7 @@ class TransitionDown(nn.Module):
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(self.conv(torch.relu(self.norm(x))))
+        x = self.dropout(self.conv(self.norm(x).relu_()))
         return self.pool(x)  # type: ignore[no-any-return]
 
 
@@ -56,9 +56,9 @@ class FCDenseNet(nn.Module):
         up_blocks: layers of each dense block on the way up, as many blocks as `down_blocks`.
         stem_channels: channels of the first 3x3 convolution.
         drop_rate: probability of dropout after every convolution of a layer or transition down.
-        memory_efficient: in training, make the dense blocks' BN and ReLU anew in the backward pass
-            instead of keeping their results: the same gradients from less than half the memory.
-            "auto" does so on a CPU, where it is no slower, and on a GPU that would fill up.
+        memory_efficient: in training, make the dense blocks' BN and ReLU again in the backward pass
+            instead of keeping their results: the same gradients from a quarter of the memory.
+            "auto" does so on a CPU, and on a GPU where that is faster or memory would run short.
     """
 
     def __init__(
@@ -111,15 +111,17 @@ class FCDenseNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """N 3 H W RGB, uint8 or float in 0..255, any H and W → logits N num_classes H W."""
-        if torch.compiler.is_compiling():  # parts would fix the number of images for good
+        at_once = self._at_once(image)
+        if at_once is None:
             return self._logits(image)
-        return torch.cat([self._logits(part) for part in torch.split(image, self._at_once(image))])
+        return torch.cat([self._logits(part) for part in torch.split(image, at_once)])
 
     def _logits(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
         x = pad_to_multiple(self.normalize(image), 2 ** len(self.downs))
         x = self.stem(x)
-        if self.training:
+        # A compiler keeps what it likes, and would stop at a look at the GPU's memory.
+        if self.training and not torch.compiler.is_compiling():
             self._choose_what_to_keep(x)
         skips = []
         for block, down in zip(self.down_blocks, self.downs, strict=True):
@@ -134,39 +136,41 @@ class FCDenseNet(nn.Module):
         logits: Tensor = self.head(features)
         return logits[..., :height, :width]
 
-    def _at_once(self, image: Tensor) -> int:
-        """How many images to take at a time: all, but for evaluation on a CPU.
+    def _at_once(self, image: Tensor) -> int | None:
+        """How many images to take at a time: None, all of them, but for evaluation on a CPU.
 
         There the memory of small tensors is used again, while large ones are fresh from the system
         and have to be cleared; that costs more than a batch saves.
         """
         by_batch = self.bottleneck.layers[0].norm.training
-        if by_batch or torch.is_grad_enabled():
-            return len(image)
+        if torch.compiler.is_compiling() or by_batch or torch.is_grad_enabled():
+            return None  # A compiler would fix the number of images for good.
         if image.device.type != "cpu":
-            return len(image)
+            return None
         bytes_an_image = image.shape[2] * image.shape[3] * self.head.in_channels * 2
         return max(1, _REUSED_BYTES // bytes_an_image)
 
     def _choose_what_to_keep(self, x: Tensor) -> None:
-        """Tell the dense blocks; `x` is what the first one gets."""
-        recompute = self.memory_efficient
-        if recompute == "auto":
-            recompute = x.device.type == "cpu" or (
-                x.device.type == "cuda" and self._bytes_to_keep(x) > _free_bytes(x.device) / 2
-            )
+        """Set the dense blocks' `memory_efficient`; `x` is what the first one gets."""
+        choice = self.memory_efficient
+        if choice == "auto" and x.device.type == "cuda":
+            # Room for the rest of the network is left.
+            choice = "auto" if self._bytes_to_keep(x) < _free_bytes(x.device) / 2 else True
         for module in self.modules():
             if isinstance(module, DenseBlock):
-                module.recompute = recompute
+                module.memory_efficient = choice
 
     def _bytes_to_keep(self, x: Tensor) -> int:
-        """What the dense blocks' BN and ReLU leave for the backward pass."""
+        """What the dense blocks leave for the backward pass in the paper's form.
+
+        Each layer keeps all features before it twice: concatenated, and after BN and ReLU.
+        """
         depth = len(self.downs)
         blocks = [*self.down_blocks, self.bottleneck, *self.up_blocks]
         values_a_pixel = 0.0
         for i, block in enumerate(blocks):
             level = min(i, 2 * depth - i)
-            values_a_pixel += sum(old.stop for old, _ in block.channels()) / 4**level
+            values_a_pixel += sum(2 * old.stop for old, _ in block.channels()) / 4**level
         num_pixels = x.shape[0] * x.shape[2] * x.shape[3]
         return int(values_a_pixel * num_pixels * x.element_size())
 

@@ -14,6 +14,8 @@ from segtrain.distributed import World
 from segtrain.errors import UsageError
 from segtrain.models.dense_block import DenseBlock
 
+_MAX_COMPILATIONS = 256
+
 
 def make_ready(model: nn.Module, config: TrainConfig, world: World, device: torch.device) -> None:
     """Give a network, in place, the batch norm and the compilation that are configured.
@@ -21,8 +23,10 @@ def make_ready(model: nn.Module, config: TrainConfig, world: World, device: torc
     Its weights keep their names.
 
     Raises:
-        UsageError: sync_bn where it cannot be.
+        UsageError: sync_bn or cuda_graph where it cannot be.
     """
+    if config.cuda_graph and (device.type != "cuda" or world.size > 1):
+        raise UsageError("train.cuda_graph needs one process on one GPU; drop it")
     if config.sync_bn and world.size > 1:
         if device.type != "cuda":
             raise UsageError("train.sync_bn needs GPUs; drop it or choose --device cuda")
@@ -31,6 +35,10 @@ def make_ready(model: nn.Module, config: TrainConfig, world: World, device: torc
                 "train.sync_bn is for U-Nets, for dense blocks measure by themselves; drop it"
             )
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    if config.compile != "off":
+        # All blocks share the code of one forward, and torch gives up on code that it has compiled
+        # eight times: every block, in training and in evaluation, is once.
+        torch._dynamo.config.recompile_limit = _MAX_COMPILATIONS
     if config.compile == "full":
         model.compile()
     elif config.compile == "blocks":
