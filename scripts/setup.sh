@@ -9,11 +9,11 @@ if [ -x .venv/bin/segtrain ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; t
   exit 0
 fi
 
-fits='import sys; sys.exit(sys.version_info < (3, 11))'
+fits='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
 install=(-e '.[dev]' -c scripts/constraints.txt)
 if command -v uv >/dev/null; then
   if ! [ -x .venv/bin/python ] || ! .venv/bin/python -c "$fits"; then
-    uv venv --clear --python '>=3.11' .venv
+    uv venv --clear --python '>=3.11,<3.14' .venv
   fi
   uv pip install --python .venv/bin/python "${install[@]}"
 else
@@ -26,7 +26,7 @@ else
     fi
   done
   if [ -z "$python" ]; then
-    echo 'error: no Python 3.11 or newer found; install one or set PYTHON=/path/to/python3' >&2
+    echo 'error: no Python 3.11, 3.12 or 3.13 found; install one or set PYTHON=/path/to/python3' >&2
     exit 2
   fi
   if ! [ -x .venv/bin/pip ] || ! .venv/bin/python -c "$fits"; then

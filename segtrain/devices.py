@@ -67,9 +67,16 @@ def resolve_precision(precision: Precision, device: torch.device) -> ResolvedPre
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        capabilities = torch.cpu.get_capabilities()
-        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        native = _cpu_has_bf16()
     return "bf16" if native else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions for bf16."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
+        return torch.cpu._is_avx512_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def autocast_for(precision: ResolvedPrecision, device: torch.device) -> Autocast:

@@ -4,12 +4,13 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from segtrain.devices import prefetched
+from segtrain.devices import prefetched, resolve_precision
 
 Batch = dict[str, Any]
 
@@ -41,6 +42,13 @@ def test_no_batch_is_asked_for_before_it_is_needed_on_a_cpu() -> None:
 
     next(prefetched(counting(), torch.device("cpu")))
     assert asked == [0]
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo to compare with")
+def test_auto_on_a_cpu_is_bf16_where_it_has_instructions_for_it() -> None:
+    has_bf16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+
+    assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if has_bf16 else "fp32")
 
 
 @pytest.mark.gpu

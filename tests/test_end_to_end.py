@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -292,9 +293,11 @@ def test_a_finished_run_resumed_is_left_as_it_is(segtrain: Command, trained_run:
     assert (trained_run / "checkpoints" / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precisions_train_on_the_cpu(
-    segtrain: Command, toy_coco: Path, precision: str
+@pytest.mark.parametrize(
+    ("precision", "shown"), [("bf16", "bf16"), ("fp16", "fp16"), ("auto", "(bf16|fp32)")]
+)
+def test_precisions_train_on_the_cpu(
+    segtrain: Command, toy_coco: Path, precision: str, shown: str
 ) -> None:
     toy = [argument for argument in TOY_TRAINING if argument not in {"--precision", "fp32"}]
 
@@ -303,7 +306,7 @@ def test_half_precisions_train_on_the_cpu(
     )
 
     assert finished.code == 0, finished.err
-    assert f"precision {precision}" in finished.out
+    assert re.search(f"precision {shown}", finished.out)
 
 
 def test_a_toy_network_learns_the_toy_people(segtrain: Command, toy_coco: Path) -> None:

@@ -46,21 +46,41 @@ def test_scripts_pass_shellcheck(script: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_constraints_hold_names_and_versions_only() -> None:
-    lines = (PROJECT / "scripts" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+CONSTRAINTS = sorted((PROJECT / "scripts").glob("constraints*.txt"))
+PINNED = re.compile(
+    r"([A-Za-z0-9._-]+)==([0-9][0-9A-Za-z.]*)(?:; python_version [<>]=? '[0-9.]+')?"
+)
 
-    for line in lines:
-        assert re.fullmatch(r"#.*|[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line), line
 
-
-def test_every_direct_dependency_is_pinned() -> None:
+def requirements() -> list[str]:
+    """What pyproject.toml asks for, with all that the tests need."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    names = {re.split(r"[<>=!~\[ ]", requirement)[0].lower() for requirement in wanted}
-    constraints = (PROJECT / "scripts" / "constraints.txt").read_text(encoding="utf-8")
-    pinned = {line.split("==")[0].lower() for line in constraints.splitlines() if "==" in line}
+    return [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+
+
+@pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.name)
+def test_constraints_hold_names_and_versions_only(path: Path) -> None:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        assert line.startswith("#") or PINNED.fullmatch(line), line
+
+
+@pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.name)
+def test_every_direct_dependency_is_pinned(path: Path) -> None:
+    names = {re.split(r"[<>=!~\[ ]", requirement)[0].lower() for requirement in requirements()}
+    pinned = {line.split("==")[0].lower() for line in path.read_text().splitlines() if "==" in line}
 
     assert names <= pinned
+
+
+def test_the_lowest_versions_are_the_lower_bounds_of_pyproject() -> None:
+    lines = (PROJECT / "scripts" / "constraints-lowest.txt").read_text().splitlines()
+    pinned = dict(match.groups() for line in lines if (match := PINNED.fullmatch(line)))
+
+    for requirement in requirements():
+        match = re.match(r"([\w.-]+)[>=]=([\d.]+)", requirement)
+        assert match, f"{requirement} has no lower bound"
+        name, bound = match.groups()
+        assert f"{pinned[name.lower()]}.".startswith(f"{bound}."), requirement
 
 
 # Seconds after which something hangs; a busy machine may take a while over what takes none.
@@ -483,6 +503,89 @@ def test_slurm_says_what_is_wrong(slurm: Box, missing: str, environment: dict[st
     assert done.stdout == ""
     assert error_lines(done) == done.stderr.splitlines()
     assert len(error_lines(done)) == 1
+
+
+# --- test_versions.sh
+
+# uv, as far as test_versions.sh goes: an environment's python is one of these.
+MAKES_ENVIRONMENTS = """
+echo "uv $*"
+if [ "$1" = venv ]; then
+  mkdir -p "${!#}/bin"
+  cp "$(dirname "$0")/python" "${!#}/bin/python"
+fi
+"""
+
+
+@pytest.fixture
+def versions(box: Box) -> Box:
+    """A box whose .venv is set up, and which has no Python of pyenv."""
+    venv = box.folder / "project" / ".venv" / "bin"
+    box.program("setup.sh", "", folder=box.folder / "project" / "scripts")
+    box.program("uv", MAKES_ENVIRONMENTS, folder=venv)
+    box.program("python", 'echo "tests: $*"', folder=venv)
+    box.environment["PYENV_ROOT"] = str(box.folder / "pyenv")
+    for version in ("3.11", "3.12", "3.13"):
+        box.program(f"python{version}", f"echo /found/python{version}")
+    return box
+
+
+def test_versions_are_those_of_three_files_of_constraints(versions: Box) -> None:
+    done = versions.run("test_versions.sh")
+
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"uv venv .*--python /found/python(\S+) \S+/(\S+)", done.stdout) == [
+        ("3.11", "lowest"),
+        ("3.12", "torch2.11"),
+        ("3.13", "python3.13"),
+    ]
+    assert re.findall(r"uv pip install .* -c (\S+)", done.stdout) == [
+        "scripts/constraints-lowest.txt",
+        ".venv-versions/torch2.11.txt",
+        "scripts/constraints.txt",
+    ]
+    assert done.stdout.count("tests: -m pytest") == 3
+    assert not (versions.folder / "project" / ".venv-versions").exists()
+
+
+def test_versions_stop_at_tests_that_fail(versions: Box) -> None:
+    python = versions.folder / "project" / ".venv" / "bin"
+    versions.program("python", "[[ $* != *pytest* ]] || exit 1", folder=python)
+
+    done = versions.run("test_versions.sh")
+
+    assert done.returncode == 1
+    assert "torch2.11" not in done.stdout
+    assert (versions.folder / "project" / ".venv-versions" / "lowest").is_dir()
+
+
+def test_versions_find_the_python_of_pyenv_behind_a_shim(versions: Box) -> None:
+    versions.program("python3.13", "exit 127")
+    pyenv = versions.folder / "pyenv" / "versions" / "3.13.0" / "bin"
+    versions.program("python", "echo /pyenv/python", folder=pyenv)
+
+    done = versions.run("test_versions.sh", "python3.13")
+
+    assert done.returncode == 0, done.stderr
+    assert "--python /pyenv/python " in done.stdout
+
+
+def test_versions_name_the_python_that_is_missing(versions: Box) -> None:
+    versions.program("python3.13", "exit 127")
+
+    done = versions.run("test_versions.sh", "python3.13")
+
+    assert done.returncode == 2
+    [line] = error_lines(done)
+    assert "no Python 3.13 found" in line
+
+
+def test_versions_know_their_environments(versions: Box) -> None:
+    done = versions.run("test_versions.sh", "python2")
+
+    assert done.returncode == 2
+    [line] = error_lines(done)
+    assert "python2" in line
 
 
 # --- download_coco.sh

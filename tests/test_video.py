@@ -846,6 +846,15 @@ def test_damage_in_the_middle_is_told_and_the_rest_is_kept() -> None:
     assert "damaged packets" in told[-1]
 
 
+def test_metadata_need_not_be_utf_8() -> None:
+    clip = Recipe(ticks=Fraction(1, 1000)).write(Path("clip.mkv"))
+    content = clip.read_bytes()
+    assert b"eng" in content
+    clip.write_bytes(content.replace(b"eng", b"\xe9\xff\xe8"))
+
+    assert len(look(predict(clip)).frames) == 25
+
+
 def test_a_name_that_looks_like_an_address() -> None:
     source = Recipe(num_frames=3).write(Path("clip.mp4")).rename("12:30.mp4")
 

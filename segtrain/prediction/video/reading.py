@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Protocol
 
 import av
 import numpy as np
@@ -30,6 +31,11 @@ from segtrain.rgb import is_on_its_side, turned_upright
 
 # libav knows playlists and scripts, too, which name other files and addresses.
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf"
+# Metadata is not always UTF-8. PyAV 18 raises UnicodeDecodeError unless it is told otherwise. PyAV
+# 19 preserves the bytes and no longer has this argument.
+_METADATA: dict[str, Any] = (
+    {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+)
 # A clip that ends this much sooner than its header says was cut short.
 _TOLERANCE = 0.3
 
@@ -178,18 +184,34 @@ def _facts(path: Path, container: InputContainer) -> Facts:
     frame = next(_decodable(path, container, stream), None)
     if frame is None:
         raise DataError(f"{path} has no frame that can be decoded; replace the file")
-    rate = stream.guessed_rate or stream.average_rate or Fraction(25)
+    rate = _exact(stream.guessed_rate) or _exact(stream.average_rate) or Fraction(25)
     duration = Fraction(container.duration or 0, av.time_base)
     return Facts(
         width=frame.width,
         height=frame.height,
         orientation=orientation_of(frame),
         colour=colour_of(frame),
-        time_base=stream.time_base or Fraction(1, av.time_base),
+        time_base=_exact(stream.time_base) or Fraction(1, av.time_base),
         rate=rate,
-        sample_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
+        sample_aspect_ratio=_exact(stream.sample_aspect_ratio) or Fraction(1),
         num_frames=stream.frames or round(duration * rate) or None,
     )
+
+
+class _Ratio(Protocol):
+    @property
+    def numerator(self) -> int: ...
+    @property
+    def denominator(self) -> int: ...
+
+
+def _exact(ratio: _Ratio | None) -> Fraction | None:
+    """A ratio as a Fraction, and None if it is not set.
+
+    PyAV 19 returns its own AVRational, which is 0 if it is not set, and whose products are rounded
+    to 32 bits.
+    """
+    return Fraction(ratio.numerator, ratio.denominator) if ratio else None
 
 
 def _decodable(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -227,7 +249,7 @@ def _container(path: Path) -> Iterator[InputContainer]:
     options = {"format_whitelist": _FORMATS, "max_pixels": str(MAX_PIXELS)}
     with _reading(path):
         # Without `file:` a name like 12:30.mp4 is taken for an address.
-        container = av.open(f"file:{path}", "r", options=options, metadata_errors="replace")
+        container = av.open(f"file:{path}", "r", options=options, **_METADATA)
     with container:
         yield container
 
