@@ -28,14 +28,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from traffic import step_traffic
 
 from segtrain.data.demo import demo_people_root
 from segtrain.data.loading import Batch, Batches, collate
 from segtrain.data.sample import Sample
 from segtrain.devices import describe_device, prefetched, resolve_device
 from segtrain.distributed import World
+from segtrain.models import build_model
 from segtrain.models.overview import cost_of
 from segtrain.progress import silenced
 from segtrain.training.epoch import train_one_epoch
@@ -319,7 +319,6 @@ def cuda_row(
     peaks: list[int] = []
     with a_training(root, sets) as (setting, stage, state):
         some = with_batches(stage, _Some(stage.train_set, num_batches))
-        moved = bytes_of_step(setting, state.model, batch_size)
         make_ready(state.model, setting.config.train, setting.world, setting.device)
 
         def run() -> None:
@@ -334,6 +333,8 @@ def cuda_row(
     median = statistics.median(seconds)
     # Two operations a multiply-add; backward takes two of forward.
     operations = 6 * cost_of(model).multiply_adds * images / median
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    moved, _ = step_traffic(lambda: build_model(model), batch_size, SIZE, dtype)
     bytes_a_second = moved * images / batch_size / median
     fused = way != "off"  # then nobody has counted what is left of the traffic
     return [
@@ -370,41 +371,6 @@ def gpu_seconds(run: Callable[[], object]) -> float:
         pairs.append((start, end))
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that operators read and write if each does so once; views move none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in func.__name__:
-            for value in tree_leaves((args, kwargs, result)):
-                if isinstance(value, torch.Tensor) and value.is_cuda:
-                    self.bytes += value.numel() * value.element_size()
-        return result
-
-
-def bytes_of_step(setting: Setting, model: nn.Module, batch_size: int) -> int:
-    """Of forward and backward pass."""
-    batch = {
-        key: value.to(setting.device)
-        for key, value in a_batch(batch_size).items()
-        if isinstance(value, torch.Tensor)
-    }
-    statistics_before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.train()
-    with Traffic() as traffic:
-        with setting.autocast():
-            logits = model(batch["image"])
-        cross_entropy(logits, batch["mask"]).backward()
-    model.zero_grad(set_to_none=True)
-    for buffer, before in statistics_before:
-        buffer.copy_(before)
-    return traffic.bytes
 
 
 def main() -> None:
