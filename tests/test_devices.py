@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from segtrain.devices import prefetched, resolve_precision
+from segtrain.devices import (
+    ResolvedPrecision,
+    autocast_for,
+    prefetched,
+    resolve_precision,
+)
 
 Batch = dict[str, Any]
 
@@ -49,6 +54,20 @@ def test_auto_on_a_cpu_is_bf16_where_it_has_instructions_for_it() -> None:
     has_bf16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
 
     assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if has_bf16 else "fp32")
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True)])
+def test_only_tf32_rounds_float32_and_torchs_switches_are_put_back(
+    precision: ResolvedPrecision, tf32: bool, before: bool
+) -> None:
+    """torch's default rounds convolutions in evaluation and prediction, too."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = before
+    with autocast_for(precision, torch.device("cuda"))():
+        assert torch.backends.cudnn.allow_tf32 == tf32
+        assert torch.backends.cuda.matmul.allow_tf32 == tf32
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
 @pytest.mark.gpu
