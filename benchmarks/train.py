@@ -4,7 +4,7 @@
     python benchmarks/train.py data --data FOLDER    # from a prepared folder against from memory
     python benchmarks/train.py checkpoint            # last.pt of FC-DenseNet103
     python benchmarks/train.py allocator             # freed memory kept, or given back
-    python benchmarks/train.py cuda --data FOLDER    # the table of networks, precisions, compile
+    python benchmarks/train.py cuda --data FOLDER    # networks and precisions on a GPU; --compile
 
 Everything that is compared runs in turn in one process, and medians are reported, so that a noisy
 machine hits all alike.
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from traffic import step_traffic
 
 from segtrain.data.demo import demo_people_root
 from segtrain.data.loading import Batch, Batches, collate
 from segtrain.data.sample import Sample
 from segtrain.devices import describe_device, prefetched, resolve_device
 from segtrain.distributed import World
+from segtrain.models import build_model
+from segtrain.models.overview import cost_of
 from segtrain.progress import silenced
 from segtrain.training.epoch import train_one_epoch
 from segtrain.training.logs import RunLog
 from segtrain.training.losses import cross_entropy
+from segtrain.training.network import make_ready
 from segtrain.training.setting import Setting, Stage, open_setting, open_stage
 from segtrain.training.start import starting
 from segtrain.training.state import TrainingState, begin, save_last
@@ -203,7 +208,7 @@ class _Some:
 
     def __init__(self, batches: Batches, num_batches: int) -> None:
         self.batches, self.num_batches = batches, num_batches
-        self.num_images = num_batches * len(next(iter(batches))["image"])
+        self.num_images = min(num_batches * len(next(iter(batches))["image"]), batches.num_images)
 
     def __iter__(self) -> Iterator[Batch]:
         return islice(iter(self.batches), self.num_batches)
@@ -231,6 +236,7 @@ import resource, sys, torch
 from segtrain.devices import autocast_for, keep_freed_memory, move_model
 from segtrain.models import build_model
 from segtrain.training.losses import cross_entropy
+from segtrain.training.network import make_ready
 if sys.argv[1] == "kept":
     keep_freed_memory()
 torch.set_num_threads(1)
@@ -272,61 +278,99 @@ def _saving(setting: Setting, state: TrainingState) -> Callable[[], None]:
     return lambda: save_last(setting.run, state, setting.config, setting.data)
 
 
-def cuda(root: Path, repeats: int) -> None:
-    """Networks, precisions and compilation: images a second, memory, share of the card's peak."""
+def cuda(root: Path, repeats: int, compiled: Sequence[str], *, try_algorithms: bool) -> None:
+    """Networks and precisions: images a second, memory, shares of what the card can do."""
+    torch.backends.cudnn.benchmark = try_algorithms
     device = resolve_device("cuda")
-    peak = bf16_peak(device)
-    table = Table(title=f"{describe_device(device)}, batch 16, {SIZE} x {SIZE}")
-    for heading in ("", "images/s", "memory GB", "waiting", "TFLOP/s", "of bf16 peak"):
+    card = measure_card(device)
+    trying = ", cudnn.benchmark" if try_algorithms else ""
+    table = Table(title=f"{describe_device(device)}, batch 16, {SIZE} x {SIZE}{trying}")
+    for heading in ("", "images/s", "peak GB", "waiting", "TFLOP/s", "of peak", "GB/s", "of copy"):
         table.add_column(heading, justify="right" if heading else "left")
     for model in ("unet", "tiramisu"):
         for precision in ("fp32", "tf32", "bf16", "fp16"):
-            for compiled in ("off", "blocks"):
-                row = cuda_row(root, repeats, model, precision, compiled, peak)
-                table.add_row(f"{model} {precision} compile={compiled}", *row)
+            for way in ("off", "blocks") if model in compiled else ("off",):
+                row = cuda_row(root, repeats, model, precision, way, card)
+                table.add_row(f"{model} {precision}{', blocks' if way == 'blocks' else ''}", *row)
+                torch.cuda.empty_cache()
+                torch.compiler.reset()
     Console().print(table)
-    Console().print(f"matrix product in bf16: {peak / 1e12:.0f} TFLOP/s")
+    Console().print(
+        f"measured on this card: {card.operations / 1e12:.0f} TFLOP/s in a bf16 matrix product, "
+        f"{card.bytes / 1e9:.0f} GB/s in a copy, read and written"
+    )
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a GPU does a second where nothing else is in the way."""
+
+    operations: float
+    bytes: float
 
 
 def cuda_row(
-    root: Path, repeats: int, model: str, precision: str, compiled: str, peak: float
+    root: Path, repeats: int, model: str, precision: str, way: str, card: Card
 ) -> list[str]:
-    from segtrain.models.overview import cost_of
-    from segtrain.training.network import make_ready
-
     num_batches, batch_size = 20, 16
-    sets = [f"model.name={model}", f"train.precision={precision}", f"train.compile={compiled}"]
+    sets = [f"model.name={model}", f"train.precision={precision}", f"train.compile={way}"]
     sets += ["train.device=cuda", f"train.batch_size={batch_size}"]
+    waits: list[float] = []
+    peaks: list[int] = []
     with a_training(root, sets) as (setting, stage, state):
-        make_ready(state.model, setting.config.train, setting.world, setting.device)
         some = with_batches(stage, _Some(stage.train_set, num_batches))
-        waits: list[float] = []
+        make_ready(state.model, setting.config.train, setting.world, setting.device)
 
         def run() -> None:
             epoch(setting, some, state)
             waits.append(state.tally.seconds_waited)
+            # An epoch begins to count anew.
+            peaks.append(torch.cuda.max_memory_allocated(setting.device))
 
+        # The first turn chooses kernels, compiles, and starts the loader processes.
         seconds = in_turn({"": run}, repeats, setting.device)[""]
-        memory = torch.cuda.max_memory_allocated(setting.device) / 1e9
-        torch.cuda.reset_peak_memory_stats(setting.device)
+        images = state.tally.num_images
     median = statistics.median(seconds)
     # Two operations a multiply-add; backward takes two of forward.
-    flops = 6 * cost_of(model).multiply_adds * num_batches * batch_size / median
+    operations = 6 * cost_of(model).multiply_adds * images / median
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    moved, _ = step_traffic(lambda: build_model(model), batch_size, SIZE, dtype)
+    bytes_a_second = moved * images / batch_size / median
+    fused = way != "off"  # then nobody has counted what is left of the traffic
     return [
-        f"{num_batches * batch_size / median:.0f}",
-        f"{memory:.1f}",
-        f"{statistics.median(waits) / median:.1%}",
-        f"{flops / 1e12:.1f}",
-        f"{flops / peak:.0%}",
+        f"{images / median:.0f}",
+        f"{max(peaks) / 1e9:.1f}",
+        f"{statistics.median(waits[1:]) / median:.1%}",
+        f"{operations / 1e12:.1f}",
+        f"{operations / card.operations:.0%}",
+        "" if fused else f"{bytes_a_second / 1e9:.0f}",
+        "" if fused else f"{bytes_a_second / card.bytes:.0%}",
     ]
 
 
-def bf16_peak(device: torch.device) -> float:
-    """Operations a second of a large matrix product."""
+def measure_card(device: torch.device) -> Card:
     side = 8192
-    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
-    seconds = in_turn({"": lambda: a @ b}, 20, device)[""]
-    return 2 * side**3 / statistics.median(seconds)
+    a, b, out = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(3))
+    product = gpu_seconds(lambda: torch.mm(a, b, out=out))
+    source = torch.zeros(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = gpu_seconds(lambda: target.copy_(source))
+    return Card(operations=2 * side**3 / product, bytes=2 * source.numel() / copied)
+
+
+def gpu_seconds(run: Callable[[], object]) -> float:
+    """Median by the GPU's own clock, once it has come up to speed."""
+    for _ in range(10):
+        run()
+    pairs = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
 
 
 def main() -> None:
@@ -337,6 +381,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=5, help="of the data benchmark")
     parser.add_argument("--model", default="unet", help="of the data benchmark")
+    parser.add_argument(
+        "--compile",
+        nargs="+",
+        choices=["unet", "tiramisu"],
+        default=[],
+        help="cuda: rows with train.compile=blocks, too; for tiramisu many minutes each",
+    )
+    parser.add_argument(
+        "--cudnn-benchmark", action="store_true", help="cuda: let cuDNN try its algorithms"
+    )
     arguments = parser.parse_args()
     if arguments.what == "allocator":
         allocator(arguments.repeats)
@@ -349,7 +403,7 @@ def main() -> None:
     elif arguments.what == "checkpoint":
         checkpoint(root, arguments.repeats, arguments.device)
     else:
-        cuda(root, arguments.repeats)
+        cuda(root, arguments.repeats, arguments.compile, try_algorithms=arguments.cudnn_benchmark)
 
 
 if __name__ == "__main__":

@@ -194,6 +194,9 @@ class TrainConfig:
     """auto: bf16 where the device computes it natively, else fp32."""
     compile: Annotated[Literal["off", "blocks", "full"], BeforeValidator(_off)] = "off"
     """torch.compile of each block of the network, or of the whole."""
+    cuda_graph: bool = False
+    """On a GPU: record forward and backward pass once and replay them, one launch a step. For small
+    batches, at which a GPU waits for its host; holds on to the memory of a step."""
     bn_eval: BnEval = "running"
     """Batch norm outside training: running statistics, those of each picture itself (the Tiramisu
     paper's way), or running ones measured anew on training images before every validation."""
@@ -261,6 +264,8 @@ class Config:
                 "data.whole needs train.batch_size 1, for pictures differ in size; "
                 "train.accumulation_steps makes larger steps"
             )
+        if self.data.whole and self.train.cuda_graph:
+            raise ValueError("train.cuda_graph needs crops of one size; drop it or data.whole")
 
 
 _CONFIG = TypeAdapter(Config)
@@ -278,6 +283,7 @@ SAFE_TO_CHANGE = frozenset(
         "train.save_every",
         "train.tensorboard",
         "train.compile",
+        "train.cuda_graph",
         "train.device",
         # A scaler that was not saved starts afresh.
         "train.precision",

@@ -5,7 +5,7 @@ One process alone is a world of one: everything here then does nothing.
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,6 +67,19 @@ class World:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0, group=_control())
         told: _T = box[0]
+        return told
+
+    def read_by_first(self, read: Callable[[], _T]) -> _T:
+        """What the first process reads, a plain object; the others may have another disk.
+
+        Raises:
+            UserError: in the first process as `read` raises it, in the others ResourceError.
+        """
+        value: Any = None
+        with self.first_alone():
+            if self.is_first:
+                value = read()
+        told: _T = self.told_by_first(value)
         return told
 
     def gathered(self, value: _T) -> list[_T]:

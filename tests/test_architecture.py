@@ -86,6 +86,8 @@ def test_engine_sees_no_config_no_files_no_loggers() -> None:
     assert {name for name in imported_modules(path) if name.startswith("segtrain.training")} <= {
         "segtrain.training.losses",
         "segtrain.training.losses.LossFn",
+        "segtrain.training.step_graph",
+        "segtrain.training.step_graph.StepGraph",
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from test_models import SLIM
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,7 @@ from segtrain.asking import Asking
 from segtrain.config import BnEval, LossConfig, OptimConfig
 from segtrain.devices import ResolvedPrecision, autocast_for, resolve_device
 from segtrain.evaluation import evaluate as evaluation
-from segtrain.models import batch_norm, build_model
+from segtrain.models import MODELS, batch_norm, build_model
 from segtrain.training import engine
 from segtrain.training.averaging import AveragedModel, StatisticsGuard
 from segtrain.training.engine import Tally, training_steps
@@ -37,18 +38,18 @@ pytestmark = [
 ]
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-SLIM_DENSE: dict[str, Any] = {"down_blocks": [2], "up_blocks": [2], "bottleneck": 2}
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "unet": ("unet", {"base_channels": 4, "depth": 2, "drop_rate": 0.2}),
+    # Slim, all FC-DenseNets are the same.
+    **{name: (name, SLIM.get(name, {})) for name in MODELS if not name.startswith("fc_densenet")},
     "unet valid bilinear": (
         "unet",
-        {"base_channels": 4, "depth": 2, "padding": "valid", "norm": "none", "up": "bilinear"},
+        {**SLIM["unet"], "padding": "valid", "norm": "none", "up": "bilinear", "drop_rate": 0.2},
     ),
     "unet group": ("unet", {"base_channels": 16, "depth": 2, "norm": "group"}),
     "unet on vgg16": ("unet", {"encoder": "vgg16", "base_channels": 4}),
     "unet on resnet18": ("unet", {"encoder": "resnet18", "base_channels": 4}),
-    "fc_densenet keeping": ("fc_densenet56", {**SLIM_DENSE, "memory_efficient": False}),
-    "fc_densenet recomputing": ("fc_densenet56", {**SLIM_DENSE, "memory_efficient": True}),
+    "tiramisu plain": ("tiramisu", {**SLIM["tiramisu"], "memory_efficient": False}),
+    "tiramisu recomputing": ("tiramisu", {**SLIM["tiramisu"], "memory_efficient": True}),
 }
 # torchvision's, which take longest, once.
 TORCHVISION = {
@@ -139,6 +140,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """FakeCuda, with autocast as on a GPU and batches that need no stream."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: (2**36, 2**36))
     for module in (engine, evaluation, batch_norm):
         monkeypatch.setattr(module, "prefetched", lambda batches, device: batches)
     with FakeCuda():
@@ -229,7 +231,7 @@ def test_a_step_on_the_cpu_dispatches_nothing_that_cuda_would_not_take(name: str
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [*((name, "fp16") for name in NETWORKS), ("unet", "bf16"), ("fc_densenet keeping", "bf16")],
+    [*((name, "fp16") for name in NETWORKS), ("unet", "bf16"), ("tiramisu", "bf16")],
 )
 @pytest.mark.usefixtures("fake_cuda")
 def test_a_step_on_cuda_stays_there(name: str, precision: ResolvedPrecision) -> None:
@@ -289,7 +291,7 @@ def test_every_loss_stays_on_cuda(config: LossConfig) -> None:
 
 
 @pytest.mark.parametrize("bn_eval", get_args(BnEval))
-@pytest.mark.parametrize("name", ["unet", "fc_densenet keeping"])
+@pytest.mark.parametrize("name", ["unet", "tiramisu"])
 @pytest.mark.usefixtures("fake_cuda")
 def test_validation_stays_on_cuda(name: str, bn_eval: BnEval) -> None:
     model, autocast = make(name, CUDA), autocast_for("bf16", CUDA)

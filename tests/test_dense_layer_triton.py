@@ -314,7 +314,7 @@ def taken(kernels: LayerOps, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
         *,
         faster: bool = True,
         agree: bool = True,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float16,
     ) -> Any:
         times = iter([1.0, 2.0] if faster else [2.0, 1.0])
         monkeypatch.setattr(dense_block_cuda, "_milliseconds", lambda *args: next(times))
@@ -330,7 +330,7 @@ def test_a_gpu_takes_the_kernels_where_they_are_right_and_faster(
 ) -> None:
     assert taken() is kernels
     assert taken(faster=False) is None
-    assert taken(dtype=torch.float64) is None
+    assert taken(dtype=torch.float32) is None
     assert taken(make_block(growth_rate=17)) is None
 
 
@@ -340,7 +340,7 @@ def test_memory_efficient_is_never_the_papers_form_and_false_always_is(
     block = make_block()
     block.memory_efficient = True
     assert taken(block, faster=False) is kernels
-    assert taken(block, dtype=torch.float64) is dense_layer_aten
+    assert taken(block, dtype=torch.float32) is dense_layer_aten
     block.memory_efficient = False
     assert taken(block) is None
 
@@ -366,7 +366,7 @@ def test_kernels_that_cannot_be_compiled_are_not_taken(
     def no_compiler(*args: Any) -> bool:
         raise RuntimeError("Failed to find C compiler\nand more")
 
-    parts = make_parts(5, size=(4, 4))
+    parts = [part.half() for part in make_parts(5, size=(4, 4))]
     monkeypatch.setattr(dense_block_cuda, "_agree", no_compiler)
     assert dense_block_cuda.training_ops(block, parts) is None
     assert dense_block_cuda.training_ops(make_block(), parts) is None
@@ -383,4 +383,5 @@ def test_memory_that_runs_out_in_timing_speaks_for_the_kernels(
 
     monkeypatch.setattr(dense_block_cuda, "_agree", lambda *args: True)
     monkeypatch.setattr(dense_block_cuda, "_milliseconds", full)
-    assert dense_block_cuda.training_ops(make_block(), make_parts(5, size=(4, 4))) is kernels
+    parts = [part.half() for part in make_parts(5, size=(4, 4))]
+    assert dense_block_cuda.training_ops(make_block(), parts) is kernels

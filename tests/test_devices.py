@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from segtrain.devices import prefetched, resolve_precision
+from segtrain.devices import (
+    ResolvedPrecision,
+    autocast_for,
+    prefetched,
+    resolve_precision,
+)
 
 Batch = dict[str, Any]
 
@@ -51,6 +56,20 @@ def test_auto_on_a_cpu_is_bf16_where_it_has_instructions_for_it() -> None:
     assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if has_bf16 else "fp32")
 
 
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True)])
+def test_only_tf32_rounds_float32_and_torchs_switches_are_put_back(
+    precision: ResolvedPrecision, tf32: bool, before: bool
+) -> None:
+    """torch's default rounds convolutions in evaluation and prediction, too."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = before
+    with autocast_for(precision, torch.device("cuda"))():
+        assert torch.backends.cudnn.allow_tf32 == tf32
+        assert torch.backends.cuda.matmul.allow_tf32 == tf32
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 7])
@@ -67,6 +86,27 @@ def test_on_a_gpu_every_batch_arrives_whole_and_in_order(count: int, pinned: boo
     assert [(total.item() / 2, ids) for total, ids in seen] == [
         (number, [str(number)]) for number in range(count)
     ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pinned_memory_is_used_again_only_when_its_copy_is_done(channels_last: bool) -> None:
+    """The GPU is far behind, while new batches take the memory of those handed over."""
+    device, side = torch.device("cuda"), 512
+
+    def batches() -> Iterator[Batch]:
+        for number in range(30):
+            image = torch.full((2, 3, side, side), number, dtype=torch.uint8)
+            if channels_last:
+                image = image.contiguous(memory_format=torch.channels_last)
+            yield {"image": image.pin_memory(), "mask": torch.full((2, side, side), number)}
+
+    seen = []
+    for batch in prefetched(batches(), device):
+        torch.cuda._sleep(20_000_000)  # cycles, about a hundredth of a second
+        seen.append(torch.stack([batch["image"].min(), batch["image"].max()]))
+
+    assert torch.stack(seen).tolist() == [[number, number] for number in range(30)]
 
 
 KEEPS_MEMORY = """

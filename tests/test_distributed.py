@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -169,6 +170,61 @@ def test_a_killed_process_ends_the_job(people: Path, tmp_path: Path, victim: int
     assert all("another process of the job died" in line for line in errors)
     assert "Traceback" not in out
     load_checkpoint(tmp_path / "runs/two/checkpoints/last.pt")
+
+
+@pytest.mark.slow
+def test_only_the_first_process_needs_the_checkpoints(people: Path, tmp_path: Path) -> None:
+    """On several machines without a common disk, in a stage's change and on resuming."""
+    stages = tmp_path / "stages.yaml"
+    stages.write_text("stages:\n  - epochs: 1\n    optim: {lr: 1.0e-4}\n")
+    common = ["--data", people, *NETWORK, "--batch-size", "4", "--name", "two"]
+    common += ["--config", stages, "--resume", "auto"]
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+    for epochs in ("1", "2"):
+        # The first ends after its stage, and is resumed in it.
+        with machines(*common, "--epochs", epochs, folders=folders, port=free_port()) as ranks:
+            outs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], outs
+
+    assert "runs/two/checkpoints/last.pt after epoch 2" in outs[0]
+    assert not (folders[1] / "runs").exists()
+
+
+@contextmanager
+def machines(
+    *arguments: str | Path, folders: list[Path], port: int
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """A process in each folder, as if each were a machine of its own."""
+    ranks = []
+    for rank, folder in enumerate(folders):
+        place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(len(folders))}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "segtrain", "train", *map(str, arguments)],
+                cwd=folder,
+                env={**os.environ, **place, "PYTHONPATH": paths},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 # --- Alone --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from conftest import no_waiting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -580,3 +581,36 @@ def test_losses_can_be_called_without_a_border() -> None:
     calls: list[Callable[..., Any]] = [cross_entropy, lovasz_hinge]
     assert all(call(lot.logits, lot.mask).isfinite() for call in calls)
     assert focal(lot.logits, lot.mask, gamma=2.0).isfinite()
+
+
+# --- On a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_loss
+def test_on_cuda_a_loss_and_its_gradient_are_those_of_the_cpu(
+    config: LossConfig, dtype: torch.dtype
+) -> None:
+    lot = random_lot()
+    lot = replace(lot, logits=lot.logits.to(dtype))
+    on_cuda = Lot(lot.logits.cuda(), lot.mask.cuda(), lot.border.cuda())
+
+    loss, gradient = on_cuda.loss_and_gradient(config)
+    expected, expected_gradient = lot.loss_and_gradient(config)
+
+    assert loss == pytest.approx(expected, rel=1e-5)
+    # The gradient has the logits' precision; equal errors share Lovasz's weights by their order.
+    torch.testing.assert_close(gradient.cpu(), expected_gradient, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.gpu
+@every_loss
+def test_on_cuda_no_loss_waits(config: LossConfig) -> None:
+    lot = random_lot()
+    logits = lot.logits.cuda().requires_grad_()
+    on_cuda = Lot(logits, lot.mask.cuda(), lot.border.cuda())
+    on_cuda.loss(config).backward()
+
+    with no_waiting():
+        on_cuda.loss(config).backward()

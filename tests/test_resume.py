@@ -601,6 +601,7 @@ def loads(path: Path) -> bool:
         {"optimizer": {}},
         {"optimizer": {"state": {0: 5}, "param_groups": []}},
         {"scaler": 5},
+        {"num_processes": "two"},
     ],
     ids=str,
 )
@@ -691,3 +692,64 @@ def test_another_precision_goes_on_with_a_fresh_scaler(
         assert bool(saved.training["scaler"]) == (precision == "fp16")
         assert saved.epoch == epoch
         before = precision
+
+
+def change_training(run_folder: Path, **changes: Any) -> None:
+    """Let last.pt say something else."""
+    last = run_folder / "checkpoints" / "last.pt"
+    loaded = load_checkpoint(last)
+    save_checkpoint(last, replace(loaded, training={**loaded.training, **changes}))
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_the_best_of_other_validation_pictures_is_beaten_by_none_of_these(
+    segtrain: Command, half_done_run: Path, toy: Path, tmp_path: Path, other: bool
+) -> None:
+    change_training(half_done_run, best_iou=0.999, best_epoch=1)
+    data = make_toy_coco(tmp_path / "other", num_train=24, num_val=3) if other else toy
+
+    finished = segtrain("train", "--resume", half_done_run, "--data", data, "--epochs", "2")
+
+    assert finished.code == 0, finished.err
+    assert ("the best IoU is looked for anew" in finished.err) == other
+    saved = load_checkpoint(half_done_run / "checkpoints" / "last.pt")
+    assert saved.training["best_epoch"] == (2 if other else 1)
+    assert saved.training["best_iou"] == (saved.metrics["val/person_iou"] if other else 0.999)
+
+
+@pytest.mark.parametrize(
+    ("keep", "warned"),
+    [
+        ((), "steps of 8 images on 2 processes, and on 1 of 4; --set train.accumulation_steps=2"),
+        (sets("train.accumulation_steps=2"), None),
+        (("--batch-size", "8"), None),
+    ],
+)
+def test_fewer_processes_are_told_how_to_keep_the_steps(
+    segtrain: Command, half_done_run: Path, keep: tuple[str, ...], warned: str | None
+) -> None:
+    change_training(half_done_run, num_processes=2, images_drawn=4)
+
+    finished = segtrain("train", "--resume", half_done_run, *keep)
+
+    assert finished.code == 0, finished.err
+    assert (warned is None) == ("steps of" not in finished.err)
+    assert warned is None or warned in finished.err
+    saved = load_checkpoint(half_done_run / "checkpoints" / "last.pt")
+    assert saved.training["num_processes"] == 1
+    # Four pictures each of two are eight of the epoch's 24.
+    assert saved.global_step == STEPS_AN_EPOCH + 3 + (4 if warned else 2)
+
+
+def test_a_run_of_an_earlier_version_does_not_say_how_many_processes_it_had(
+    segtrain: Command, half_done_run: Path
+) -> None:
+    last = half_done_run / "checkpoints" / "last.pt"
+    loaded = load_checkpoint(last)
+    training = {key: value for key, value in loaded.training.items() if key != "num_processes"}
+    save_checkpoint(last, replace(loaded, training=training))
+
+    finished = segtrain("train", "--resume", half_done_run)
+
+    assert finished.code == 0, finished.err
+    assert "steps of" not in finished.err

@@ -86,9 +86,9 @@ def test_the_second_stage_goes_on_from_the_best_weights_with_a_fresh_optimizer(
     best: list[dict[str, Tensor]] = []
     true_next_stage = fit.next_stage
 
-    def next_stage(state: Any, config: Any, path: Path, *rest: Any, **options: Any) -> Any:
-        new = true_next_stage(state, config, path, *rest, **options)
-        best.append(load_checkpoint(path).weights)
+    def next_stage(state: Any, config: Any, loaded: Any, *rest: Any, **options: Any) -> Any:
+        best.append({name: value.clone() for name, value in loaded.weights.items()})
+        new = true_next_stage(state, config, loaded, *rest, **options)
         begun.append({name: value.clone() for name, value in new.model.state_dict().items()})
         assert type(new.optimizer) is torch.optim.Adam
         assert not any(

@@ -43,7 +43,7 @@ def layer_forward(
     stride_new, stride_old, stride_y, stride_x,
     eps, drop_below, keep_scale, layer,
     GROWTH: tl.constexpr, DROPOUT: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     image = tile // (tiles_x * tiles_y)
@@ -81,7 +81,7 @@ def layer_forward(
             mask=is_old[:, None] & is_new[None, :],
             other=0.0,
         )  # fmt: skip
-        total = tl.dot(a, w.to(f.dtype), total, input_precision=PRECISION)
+        total = tl.dot(a, w.to(f.dtype), total)
 
     total += tl.load(bias + new, mask=is_new, other=0.0).to(tl.float32)[None, :]
     here = y * width + x
@@ -169,7 +169,7 @@ def layer_backward(
     grad_y, features, grad, mean, var, norm_weight, norm_bias, weight, partials,
     height, width, num_pixels, old_channels, all_channels, num_blocks,
     stride_new, stride_old, stride_y, stride_x, eps,
-    GROWTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    GROWTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the features' values to `grad`; partial sums of the weights' gradients.
 
@@ -229,10 +229,10 @@ def layer_backward(
         normed = (f.to(tl.float32) - middle[None, :]) * rstd[None, :]
         a = tl.maximum(normed * gamma[None, :] + beta[None, :], 0.0)
         a_low = a.to(f.dtype)
-        g = tl.dot(g_eight, w_eight, input_precision=PRECISION)
-        g = tl.dot(g_last, w_last, g, input_precision=PRECISION)
-        grad_w_eight = tl.dot(tl.trans(g_eight), a_low, grad_w_eight, input_precision=PRECISION)
-        grad_w_last = tl.dot(tl.trans(g_last), a_low, grad_w_last, input_precision=PRECISION)
+        g = tl.dot(g_eight, w_eight)
+        g = tl.dot(g_last, w_last, g)
+        grad_w_eight = tl.dot(tl.trans(g_eight), a_low, grad_w_eight)
+        grad_w_last = tl.dot(tl.trans(g_last), a_low, grad_w_last)
         g = tl.where(a > 0, g, 0.0)
         grad_gamma += tl.sum(g * normed, 0)
         grad_beta += tl.sum(g, 0)

@@ -63,7 +63,6 @@ def forward_layer(
         TILE_H=_TILE_HEIGHT,
         TILE_W=tile_width,
         BLOCK_C=_BLOCK_CHANNELS,
-        PRECISION=_float32_precision(),
         num_warps=4,
         num_stages=3,
         **_OPTIONS,
@@ -116,7 +115,6 @@ def backward_layer(
         GROWTH=growth,
         BLOCK_P=_BLOCK_PIXELS,
         BLOCK_C=_BLOCK_CHANNELS,
-        PRECISION=_float32_precision(),
         num_warps=8,
         num_stages=2,
         **_OPTIONS,
@@ -164,11 +162,6 @@ def _is_dropping(layer: LayerPlan) -> bool:
 def _lots(layer: LayerPlan) -> tuple[int, float]:
     """Below which of 2^32 numbers a value is dropped, and by what the others are multiplied."""
     return round(layer.dropout.p * 2**32), 1 / (1 - layer.dropout.p)
-
-
-def _float32_precision() -> str:
-    """How products of float32 are rounded; the half precisions have no say in it."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
 def _num_splits(device: torch.device, num_blocks: int, channel_blocks: int) -> int:

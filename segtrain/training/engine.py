@@ -18,6 +18,7 @@ from segtrain.classes import IGNORE, PERSON
 from segtrain.devices import Autocast, prefetched
 from segtrain.pieces import pieces
 from segtrain.training.losses import LossFn
+from segtrain.training.step_graph import StepGraph
 
 
 class Step(NamedTuple):
@@ -113,6 +114,7 @@ def training_steps(
     images_at_once: int,
     clip_norm: float | None = None,
     sum_of_all: Callable[[Tensor], Tensor] = lambda values: values,
+    graph: StepGraph | None = None,
 ) -> Iterator[Step]:
     """Take one optimizer step a batch, and yield after each.
 
@@ -128,7 +130,12 @@ def training_steps(
             give the gradient of the whole, each piece weighing as much as it has counted pixels.
         clip_norm: longest gradient, L2 norm.
         sum_of_all: sums a tensor over the processes that train together.
+        graph: on CUDA, for batches that go through the network in one piece.
     """
+
+    def backward(batch: Mapping[str, Any]) -> Tensor:
+        return _backward(network, batch, loss_fn, scaler, autocast, images_at_once, sum_of_all)
+
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     waiting_since = time.perf_counter()
     for batch in prefetched(batches, device):
@@ -138,7 +145,10 @@ def training_steps(
             group["lr"] = rate
 
         num_images = len(batch["image"])
-        step = _backward(network, batch, loss_fn, scaler, autocast, images_at_once, sum_of_all)
+        if graph is None or num_images > images_at_once:
+            step = backward(batch)
+        else:
+            step = graph.run(backward, batch, parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
         # The scaler looks at gradients only: a loss that is not finite makes one of them NaN.
         for gradient in gradients[:1]:

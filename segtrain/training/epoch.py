@@ -86,6 +86,7 @@ def train_one_epoch(
         images_at_once=state.images_at_once,
         clip_norm=config.optim.clip_norm,
         sum_of_all=world.sum_,
+        graph=stage.graph,
     )
     if world.any(requested()):
         raise Stopped(signal_received())

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -110,6 +111,12 @@ def _first_state(setting: Setting, plans: list[Config], start: Start) -> Trainin
             setting.device,
             use_scaler=setting.use_scaler,
         )
+        _share_anew(setting, training, state)
+        if start.other_validation and not _is_done(plan, state):
+            setting.log.warn(
+                "the validation pictures are not those before: the best IoU is looked for anew"
+            )
+            state.best_iou = -1.0
         if setting.use_scaler and not training["scaler"]:
             setting.log.warn("the run was not in fp16 before: its gradient scaler starts afresh")
         before = stage_configs(start.resumed.config)
@@ -120,6 +127,7 @@ def _first_state(setting: Setting, plans: list[Config], start: Start) -> Trainin
             _save_last(setting, state)
     else:
         state = begin(plans[0], setting.device, use_scaler=setting.use_scaler)
+        state.num_processes = setting.world.size
         state.images_at_once = images_at_once(setting, plans[0], state.model)
         if setting.world.is_first:
             save_last(setting.run, state, setting.config, setting.data)
@@ -131,13 +139,28 @@ def _first_state(setting: Setting, plans: list[Config], start: Start) -> Trainin
     return state
 
 
+def _share_anew(setting: Setting, training: dict[str, Any], state: TrainingState) -> None:
+    """Where another number of processes goes on, each has drawn another share of the epoch."""
+    if "num_processes" in training:
+        state.images_drawn = state.images_drawn * state.num_processes // setting.world.size
+    state.num_processes = setting.world.size
+
+
 def _begin_next_stage(setting: Setting, plans: list[Config], state: TrainingState) -> TrainingState:
     setting.log.line(
         f"stage {state.stage + 2} of {len(plans)}: on with the weights of epoch "
         f"{state.best_epoch}, the best so far"
     )
     plan = plans[state.stage + 1]
-    new = next_stage(state, plan, setting.run.best, setting.device, use_scaler=setting.use_scaler)
+    best = setting.run.best
+    new = next_stage(
+        state,
+        plan,
+        setting.world.read_by_first(partial(load_checkpoint, best)),
+        best,
+        setting.device,
+        use_scaler=setting.use_scaler,
+    )
     new.images_at_once = images_at_once(setting, plan, new.model)
     # What diverges in this stage must not go back into the one before.
     _save_last(setting, new)
@@ -155,7 +178,7 @@ def _gone_back(
             "--resume with a lower --lr or --precision fp32"
         )
     new = resume(
-        load_checkpoint(setting.run.last),
+        setting.world.read_by_first(partial(load_checkpoint, setting.run.last)),
         setting.run.last,
         plan,
         setting.device,

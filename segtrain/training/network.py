@@ -23,8 +23,10 @@ def make_ready(model: nn.Module, config: TrainConfig, world: World, device: torc
     Its weights keep their names.
 
     Raises:
-        UsageError: sync_bn where it cannot be.
+        UsageError: sync_bn or cuda_graph where it cannot be.
     """
+    if config.cuda_graph and (device.type != "cuda" or world.size > 1):
+        raise UsageError("train.cuda_graph needs one process on one GPU; drop it")
     if config.sync_bn and world.size > 1:
         if device.type != "cuda":
             raise UsageError("train.sync_bn needs GPUs; drop it or choose --device cuda")

@@ -25,6 +25,7 @@ from segtrain.runs import RunFolder
 from segtrain.training.logs import RunLog
 from segtrain.training.losses import LossFn, build_loss
 from segtrain.training.start import Start
+from segtrain.training.step_graph import StepGraph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class Stage:
     train_set: Batches
     val_set: Batches
     loss_fn: LossFn
+    graph: StepGraph | None
 
 
 def open_setting(start: Start, log: RunLog) -> Setting:
@@ -149,4 +151,5 @@ def open_stage(setting: Setting, number: int, config: Config, images_at_once: in
         train_set=train_set,
         val_set=val_set,
         loss_fn=build_loss(config.loss),
+        graph=StepGraph() if config.train.cuda_graph else None,
     )

@@ -41,6 +41,8 @@ class Start:
     val_source: Pictures
     resumed: Checkpoint | None
     resumed_from: Path | None
+    other_validation: bool
+    """Whether the run was validated on other pictures before."""
     notes: list[str]
     warnings: list[str]
     world: World
@@ -74,11 +76,11 @@ def starting(
     notes: list[str] = []
     warnings: list[str] = []
     asked = load_config(yaml_path, flags=flags, sets=sets)
-    resumed = _find_resumed(resume, asked, world, warnings)
+    resumed = world.read_by_first(lambda: _find_resumed(resume, asked, warnings))
     if resume == "auto" and resumed is None:
         notes.append("nothing to resume: starting afresh")
     if resumed is not None:
-        asked, changed = _continued_config(resumed, yaml_path, flags, sets)
+        asked, changed = _continued_config(resumed, yaml_path, flags, sets, world)
         notes.append(_where_it_goes_on(resumed))
         if changed:
             notes.append(f"changed from here on: {', '.join(changed)}")
@@ -88,11 +90,11 @@ def starting(
         config, data_note = _with_data_root(asked)
         train_source, val_source = (open_pictures(config.data, split) for split in ("train", "val"))
     notes.append(data_note)
-    if resumed is not None and resumed.checkpoint.data.get("train_manifest") not in {
-        None,
-        train_source.manifest,
-    }:
+    data = resumed.checkpoint.data if resumed is not None else {}
+    if data.get("train_manifest") not in {None, train_source.manifest}:
         warnings.append("the training pictures are not those that the run began with")
+    if resumed is not None:
+        warnings.extend(_other_step_size(resumed, asked, world))
     with ExitStack() as held:
         run_path = None
         if world.is_first:
@@ -113,21 +115,18 @@ def starting(
             val_source,
             resumed.checkpoint if resumed is not None else None,
             resumed.path if resumed is not None else None,
+            data.get("val_manifest") not in {None, val_source.manifest},
             notes,
             warnings,
             world,
         )
 
 
-def _find_resumed(
-    resume: str | None, asked: Config, world: World, warnings: list[str]
-) -> _Resumed | None:
+def _find_resumed(resume: str | None, asked: Config, warnings: list[str]) -> _Resumed | None:
     """The checkpoint to go on with; with `auto` an older one where the newest is damaged."""
-    found: list[Path] = []
-    with world.first_alone():
-        if resume is not None and world.is_first:
-            found = find_resumable(resume, Path(asked.train.output), asked.train.name)
-    found = world.told_by_first(found)
+    if resume is None:
+        return None
+    found = find_resumable(resume, Path(asked.train.output), asked.train.name)
     errors: list[CheckpointError] = []
     for path, older in zip_longest(found, found[1:]):
         try:
@@ -200,6 +199,7 @@ def _continued_config(
     yaml_path: Path | None,
     flags: Mapping[str, Any],
     sets: Sequence[str],
+    world: World,
 ) -> tuple[Config, list[str]]:
     """The run's own configuration with what the command line may safely change, and the changes."""
     before = resumed.checkpoint.config
@@ -208,8 +208,10 @@ def _continued_config(
     config = load_config(yaml_path, base=tree_from_config(before), flags=flags, sets=sets)
     changed = differing_keys(before, config)
     safe = set(SAFE_TO_CHANGE)
-    if before.train.images_a_step == config.train.images_a_step:
-        # The same steps in smaller pieces: the way on where memory has run out.
+    if before.train.images_a_step * _processes(resumed, world) == (
+        config.train.images_a_step * world.size
+    ):
+        # The same steps in other pieces: the way on where memory has run out, or with fewer GPUs.
         safe |= {"train.batch_size", "train.accumulation_steps", "train.effective_batch"}
     unsafe = [key for key in changed if key not in safe]
     if unsafe:
@@ -219,6 +221,33 @@ def _continued_config(
             f"{resumed.path}; drop these options or start a new run"
         )
     return config, changed
+
+
+def _processes(resumed: _Resumed, world: World) -> int:
+    """How many have trained the run; earlier versions did not write it down."""
+    number = resumed.checkpoint.training.get("num_processes")
+    return number if type(number) is int and number > 0 else world.size
+
+
+def _other_step_size(resumed: _Resumed, config: Config, world: World) -> Iterator[str]:
+    """A warning where another number of processes makes larger or smaller steps."""
+    before, train = _processes(resumed, world), config.train
+    images = resumed.checkpoint.config.train.images_a_step * before
+    now = train.images_a_step * world.size
+    if images == now:
+        return
+    keeps = ""
+    if images % world.size == 0:
+        own = images // world.size
+        keeps = f"; --batch-size {own} --set train.accumulation_steps=1 keeps them"
+        if train.batch_size == "auto":
+            keeps = f"; --set train.effective_batch={own} keeps them"
+        elif own % train.batch_size == 0:
+            keeps = f"; --set train.accumulation_steps={own // train.batch_size} keeps them"
+    yield (
+        f"the run had steps of {images} images on {before} processes, and on {world.size} of "
+        f"{now}{keeps}"
+    )
 
 
 def _with_data_root(config: Config) -> tuple[Config, str]:

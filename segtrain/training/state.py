@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from segtrain.checkpoint import Checkpoint, load_checkpoint, restore_model, save_checkpoint
+from segtrain.checkpoint import Checkpoint, restore_model, save_checkpoint
 from segtrain.config import Config
 from segtrain.devices import move_model
 from segtrain.errors import CheckpointError, ResourceError
@@ -59,6 +59,8 @@ class TrainingState:
     """The epoch in which it last did."""
     best_iou: float = -1.0
     best_epoch: int = 0
+    num_processes: int = 1
+    """That train together."""
     history: list[Row] = field(default_factory=list)
     """A row for each epoch, as in metrics.jsonl."""
 
@@ -119,6 +121,9 @@ def resume(
         _load_optimizer(state.optimizer, training["optimizer"])
         if state.average is not None:
             state.average.model.load_state_dict(training["average"])
+        # Earlier versions did not write it down.
+        state.num_processes = training.get("num_processes", state.num_processes)
+        _expect(type(state.num_processes) is int and state.num_processes > 0, "num_processes")
         # A scaler saved while it was disabled has no state: then a fresh one starts.
         if use_scaler and training["scaler"]:
             state.scaler.load_state_dict(training["scaler"])
@@ -131,22 +136,30 @@ def resume(
 
 
 def next_stage(
-    state: TrainingState, config: Config, best: Path, device: torch.device, *, use_scaler: bool
+    state: TrainingState,
+    config: Config,
+    best: Checkpoint,
+    path: Path,
+    device: torch.device,
+    *,
+    use_scaler: bool,
 ) -> TrainingState:
     """The best network so far with a fresh optimizer, at the beginning of another stage.
 
     Args:
         config: of the new stage.
         best: the run's best.pt.
+        path: named in errors only.
 
     Raises:
-        CheckpointError: `best` is damaged.
+        CheckpointError: `best` does not fit the network.
     """
-    model = restore_model(load_checkpoint(best), best)
+    model = restore_model(best, path)
     new = _around(model, config, device, use_scaler=use_scaler)
     new.stage = state.stage + 1
     new.epoch, new.global_step, new.history = state.epoch, state.global_step, state.history
     new.best_iou, new.best_epoch = state.best_iou, state.best_epoch
+    new.num_processes = state.num_processes
     return new
 
 
@@ -159,6 +172,7 @@ def save_last(run: RunFolder, state: TrainingState, config: Config, data: dict[s
     """
     training = {
         **{key: getattr(state, key) for key in _PLACE},
+        "num_processes": state.num_processes,
         "history": state.history,
         "tally": state.tally.sums.tolist(),
         "optimizer": state.optimizer.state_dict(),
