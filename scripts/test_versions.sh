@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 
-files=(tests/test_{models,dense_block,dense_layer_triton,devices,engine,checkpoint,end_to_end,predict,video}.py)
+files=(tests/test_{models,dense_block,dense_layer_triton,devices,engine,checkpoint,folder,end_to_end,predict,video}.py)
 # These take long and depend on no version.
 left_out='learns_the_toy_people or solves_a_separable or bomb or kill or full_size'
 work=.venv-versions

@@ -36,7 +36,7 @@ def cached_arrays(name: str, make: Callable[[], Arrays]) -> Arrays:
         return kept
     arrays = make()
     with suppress(ResourceError), atomic_write(path) as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)
     return arrays
 
 
