@@ -138,6 +138,20 @@ def test_float16_features_have_float32_moments_and_weights(kernels: LayerOps) ->
         assert distance(actual, wanted) < 5e-3
 
 
+def test_sums_that_several_programs_share_are_the_same(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, parts = make_block(), make_parts(5, size=(9, 18))
+    grads = []
+    for num_splits in (1, 4):
+        monkeypatch.setattr(kernels, "_num_splits", lambda *args, n=num_splits: n)
+        features, _ = block.train_fused(kernels, parts)
+        loss = (features * torch.arange(18)).sum()
+        grads.append(torch.autograd.grad(loss, [*parts, *block.parameters()]))
+    for one, several in zip(*grads, strict=True):
+        torch.testing.assert_close(several, one, rtol=1e-4, atol=1e-4)
+
+
 def test_a_large_mean_costs_no_more_digits_than_it_must(kernels: LayerOps) -> None:
     """A thousand deviations away from zero three digits of seven are lost, not twice as many."""
     block, parts = make_block(), make_parts(5, size=(9, 18), mean=1000.0)
