@@ -221,7 +221,9 @@ def operators_of_steps(
 # --- Steps --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, *TORCHVISION])
+@pytest.mark.parametrize(
+    "name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in TORCHVISION)]
+)
 def test_a_step_on_the_cpu_dispatches_nothing_that_cuda_would_not_take(name: str) -> None:
     seen = operators_of_steps(make(name, CPU), CPU)
 
@@ -231,7 +233,15 @@ def test_a_step_on_the_cpu_dispatches_nothing_that_cuda_would_not_take(name: str
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [*((name, "fp16") for name in NETWORKS), ("unet", "bf16"), ("tiramisu", "bf16")],
+    [
+        *((name, "fp16") for name in NETWORKS if "unet on" not in name),
+        *(
+            pytest.param(name, "fp16", marks=pytest.mark.slow)
+            for name in NETWORKS
+            if "unet on" in name
+        ),
+        *(pytest.param(name, "bf16", marks=pytest.mark.slow) for name in ("unet", "tiramisu")),
+    ],
 )
 @pytest.mark.usefixtures("fake_cuda")
 def test_a_step_on_cuda_stays_there(name: str, precision: ResolvedPrecision) -> None:

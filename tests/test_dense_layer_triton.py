@@ -89,7 +89,8 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     ("growth_rate", "channels", "size"),
     [
         (2, (2, 3), (5, 7)),  # one tile, wider than the image
-        (16, (20, 46), (9, 17)),  # tiles and blocks of channels that end inside
+        # Tiles and blocks of channels that end inside.
+        pytest.param(16, (20, 46), (9, 17), marks=pytest.mark.slow),
         (12, (16,), (3, 2)),  # hardly a pixel
         (1, (3, 4, 5), (1, 1)),
     ],
@@ -122,6 +123,7 @@ def test_a_block_has_the_textbooks_features_moments_and_gradients(
             assert distance(actual, wanted) < 1e-5
 
 
+@pytest.mark.slow
 def test_float16_features_have_float32_moments_and_weights(kernels: LayerOps) -> None:
     block = make_block(18, 2, 16, 0.25)
     parts = [part.detach().half().requires_grad_() for part in make_parts(18, size=(9, 6))]
@@ -138,6 +140,22 @@ def test_float16_features_have_float32_moments_and_weights(kernels: LayerOps) ->
         assert distance(actual, wanted) < 5e-3
 
 
+@pytest.mark.slow
+def test_sums_that_several_programs_share_are_the_same(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, parts = make_block(), make_parts(5, size=(9, 18))
+    grads = []
+    for num_splits in (1, 4):
+        monkeypatch.setattr(kernels, "_num_splits", lambda *args, n=num_splits: n)
+        features, _ = block.train_fused(kernels, parts)
+        loss = (features * torch.arange(18)).sum()
+        grads.append(torch.autograd.grad(loss, [*parts, *block.parameters()]))
+    for one, several in zip(*grads, strict=True):
+        torch.testing.assert_close(several, one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_large_mean_costs_no_more_digits_than_it_must(kernels: LayerOps) -> None:
     """A thousand deviations away from zero three digits of seven are lost, not twice as many."""
     block, parts = make_block(), make_parts(5, size=(9, 18), mean=1000.0)
@@ -146,6 +164,7 @@ def test_a_large_mean_costs_no_more_digits_than_it_must(kernels: LayerOps) -> No
     assert distance(features[:, 5:], expected[:, 5:]) < 1e-3
 
 
+@pytest.mark.slow
 def test_weights_in_any_memory_format_give_the_same(kernels: LayerOps) -> None:
     block, parts = make_block(), make_parts(5, size=(4, 6))
     features, _ = block.train_fused(kernels, parts)

@@ -1,6 +1,7 @@
 """One layer of a fused dense block on an NVIDIA GPU, by Triton kernels."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -170,7 +171,11 @@ def _num_splits(device: torch.device, num_blocks: int, channel_blocks: int) -> i
     Two for each of the GPU's processors; and each has some blocks of pixels to sum, or the partial
     sums would outweigh the features where images are small.
     """
-    num_processors = 132
-    if device.type == "cuda":
-        num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(num_blocks // 4, 2 * num_processors // channel_blocks))
+    return max(1, min(num_blocks // 4, 2 * _num_processors(device) // channel_blocks))
+
+
+@cache
+def _num_processors(device: torch.device) -> int:
+    if device.type != "cuda":  # interpreted, in tests
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -156,9 +156,12 @@ class FCDenseNet(nn.Module):
         if choice == "auto" and x.device.type == "cuda":
             # Room for the rest of the network is left.
             choice = "auto" if self._bytes_to_keep(x) < _free_bytes(x.device) / 2 else True
-        for module in self.modules():
-            if isinstance(module, DenseBlock):
-                module.memory_efficient = choice
+        for block in self._blocks():
+            block.memory_efficient = choice
+
+    def _blocks(self) -> list[DenseBlock]:
+        """From the largest images down and up again."""
+        return [*self.down_blocks, self.bottleneck, *self.up_blocks]
 
     def _bytes_to_keep(self, x: Tensor) -> int:
         """What the dense blocks leave for the backward pass in the paper's form.
@@ -166,9 +169,8 @@ class FCDenseNet(nn.Module):
         Each layer keeps all features before it twice: concatenated, and after BN and ReLU.
         """
         depth = len(self.downs)
-        blocks = [*self.down_blocks, self.bottleneck, *self.up_blocks]
         values_a_pixel = 0.0
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(self._blocks()):
             level = min(i, 2 * depth - i)
             values_a_pixel += sum(2 * old.stop for old, _ in block.channels()) / 4**level
         num_pixels = x.shape[0] * x.shape[2] * x.shape[3]
