@@ -43,7 +43,8 @@ for environment in "$@"; do
   case $environment in
     lowest) test_with lowest 3.11 scripts/constraints-lowest.txt ;;
     torch2.11)
-      sed 's/^torch==.*/torch==2.11.0/; s/^torchvision==.*/torchvision==0.26.0/' \
+      # The interpreter of Triton 3.6, which torch 2.11 needs, fails with numpy 2.4.
+      sed 's/^torch==.*/torch==2.11.0/; s/^torchvision==.*/torchvision==0.26.0/; s/^numpy==.*/numpy==2.3.5/' \
         scripts/constraints.txt >"$work/torch2.11.txt"
       test_with torch2.11 3.12 "$work/torch2.11.txt"
       ;;
