@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +36,10 @@ def cached_arrays(name: str, make: Callable[[], Arrays]) -> Arrays:
     if kept is not None:
         return kept
     arrays = make()
+    named: dict[str, Any] = dict(arrays)
     with suppress(ResourceError), atomic_write(path) as file:
-        np.savez(file, **arrays)
+        # Without allow_pickle=False: numpy 2.0 would keep that as another array.
+        np.savez(file, **named)
     return arrays
 
 
