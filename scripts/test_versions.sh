@@ -9,7 +9,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 
-files=(tests/test_{models,dense_block,dense_layer_triton,devices,engine,checkpoint,folder,end_to_end,predict,video}.py)
+files=(tests/test_{models,engine,checkpoint,folder,end_to_end,predict,video}.py)
+# Of dense blocks and devices: they depend on torch and Triton, of which python3.13 has those of .venv.
+kernels=(tests/test_{dense_block,dense_layer_triton,devices}.py)
 # These take long and depend on no version.
 left_out='learns_the_toy_people or solves_a_separable or bomb or kill or full_size'
 work=.venv-versions
@@ -25,7 +27,7 @@ find_python() { # version
   exit 2
 }
 
-test_with() { # environment, Python, file of constraints
+test_with() { # environment, Python, file of constraints, more tests
   local python=$work/$1/bin/python found
   found=$(find_python "$2")
   printf '\n== %s\n' "$1"
@@ -33,7 +35,7 @@ test_with() { # environment, Python, file of constraints
   .venv/bin/uv pip install --quiet --python "$python" -e '.[dev]' -c "$3"
   "$python" -c 'import platform, av, numpy, torch, torchvision
 print("Python", platform.python_version(), *(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, numpy, av)))'
-  "$python" -m pytest -q -k "not ($left_out)" "${files[@]}"
+  "$python" -m pytest -q -k "not ($left_out)" "${files[@]}" "${@:4}"
   rm -rf "$work"
 }
 
@@ -41,12 +43,12 @@ if [ $# -eq 0 ]; then set -- lowest torch2.11 python3.13; fi
 for environment in "$@"; do
   mkdir -p "$work"
   case $environment in
-    lowest) test_with lowest 3.11 scripts/constraints-lowest.txt ;;
+    lowest) test_with lowest 3.11 scripts/constraints-lowest.txt "${kernels[@]}" ;;
     torch2.11)
       # The interpreter of Triton 3.6, which torch 2.11 needs, fails with numpy 2.4.
       sed 's/^torch==.*/torch==2.11.0/; s/^torchvision==.*/torchvision==0.26.0/; s/^numpy==.*/numpy==2.3.5/' \
         scripts/constraints.txt >"$work/torch2.11.txt"
-      test_with torch2.11 3.12 "$work/torch2.11.txt"
+      test_with torch2.11 3.12 "$work/torch2.11.txt" "${kernels[@]}"
       ;;
     python3.13) test_with python3.13 3.13 scripts/constraints.txt ;;
     *) echo "error: no environment $environment; use lowest, torch2.11 or python3.13" >&2 && exit 2 ;;
