@@ -1,10 +1,11 @@
-"""Seconds and memory of what comes after the network: python benchmarks/compose.py
+"""Time and memory of the steps after the model: python benchmarks/compose.py
 
-A drawn scene of 12 megapixels and a probability as a network that sees 224 pixels would give it,
-enlarged. Prints each step's median seconds, wall clock and of all threads together; the peak of its
-arrays beyond the photo and its probability; and the peak of the whole process.
+The input is a drawn scene of 12 megapixels with an upsampled probability as of a model that works
+at 224 pixels. Prints for each step the median wall-clock and CPU seconds, and the peak memory of
+its arrays beyond the photo and its probability; then the peak memory of the whole process.
 """
 
+import argparse
 import resource
 import statistics
 import time
@@ -14,54 +15,55 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from segtrain.data.people.scenes import draw_person_scene
-from segtrain.prediction.backgrounds import background_maker
-from segtrain.prediction.cleaning import clean
-from segtrain.prediction.outputs import OUTPUTS, Composition, Result
-from segtrain.prediction.refine import refine
+from segtrain.demo.scenes import draw_person_scene
+from segtrain.prediction.backgrounds import build_background_fn
+from segtrain.prediction.outputs import OUTPUTS, Composite, Result
+from segtrain.prediction.refine import refine_probs
+from segtrain.prediction.small_components import remove_small_components
 
 WIDTH, HEIGHT = 4000, 3000
 REPEATS = 5
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     scene = draw_person_scene(5, 0, width=400, height=300)
     image = cv2.resize(scene.image, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
     people = np.maximum.reduce(scene.people).astype(np.float32)
-    seen = cv2.resize(people, (299, 224), interpolation=cv2.INTER_AREA)
-    probability = cv2.resize(cv2.GaussianBlur(seen, (0, 0), 1.5), (WIDTH, HEIGHT))
+    small = cv2.resize(people, (299, 224), interpolation=cv2.INTER_AREA)
+    probability = cv2.resize(cv2.GaussianBlur(small, (0, 0), 1.5), (WIDTH, HEIGHT))
 
     def result() -> Result:
-        return Result(image=image, answer=refined)
+        return Result(image=image, probs=refined)
 
-    def composition() -> Composition:
-        return Composition(result(), background_maker("blur"))
+    def composite() -> Composite:
+        return Composite(result(), build_background_fn("blur"))
 
-    refined = refine(image, probability)
+    refined = refine_probs(image, probability)
     steps: dict[str, Callable[[], object]] = {
-        "refine": lambda: refine(image, probability),
-        "clean": lambda: clean(refined),
-        "cut-out": lambda: result().cutout(),
-        "new background, from the start": lambda: composition().composed,
-        "overlay": lambda: composition().overlay(),
-        "probability": lambda: composition().probability(),
+        "refine": lambda: refine_probs(image, probability),
+        "clean": lambda: remove_small_components(refined),
+        "cutout": lambda: result().cutout(),
+        "new background": lambda: composite().pixels,
+        "overlay": lambda: composite().overlay(),
+        "probability": lambda: composite().probability(),
     }
 
-    def all_of_it() -> None:
-        cut = Result(image=image, answer=refine(image, probability))
-        whole = Composition(cut, background_maker("blur"))
+    def run_all() -> None:
+        refined_result = Result(image=image, probs=refine_probs(image, probability))
+        refined_composite = Composite(refined_result, build_background_fn("blur"))
         for kind in ("cutout", "background"):
-            OUTPUTS[kind].make(whole)
+            OUTPUTS[kind].make(refined_composite)
 
-    steps["refine, cut-out and new background"] = all_of_it
+    steps["refine, cutout and new background"] = run_all
     for name, step in steps.items():
-        wall, cpu = _seconds(step)
-        print(f"{name}: {wall:.2f} s ({cpu:.2f} s CPU), {_peak(step) / 1e6:.0f} MB")
-    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"whole process: {whole / 1e6:.0f} MB, {cv2.getNumThreads()} threads")
+        wall, cpu = measure_seconds(step)
+        print(f"{name}: {wall:.2f} s ({cpu:.2f} s CPU), {measure_peak(step) / 1e6:.0f} MB")
+    process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"whole process: {process_peak / 1e6:.0f} MB, {cv2.getNumThreads()} threads")
 
 
-def _seconds(step: Callable[[], object]) -> tuple[float, float]:
+def measure_seconds(step: Callable[[], object]) -> tuple[float, float]:
     wall, cpu = [], []
     for _ in range(REPEATS):
         wall_started, cpu_started = time.perf_counter(), time.process_time()
@@ -71,7 +73,7 @@ def _seconds(step: Callable[[], object]) -> tuple[float, float]:
     return statistics.median(wall), statistics.median(cpu)
 
 
-def _peak(step: Callable[[], object]) -> int:
+def measure_peak(step: Callable[[], object]) -> int:
     tracemalloc.start()
     step()
     _, peak = tracemalloc.get_traced_memory()

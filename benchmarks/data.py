@@ -1,12 +1,12 @@
-"""Speed and memory of the data path against the usual pipeline.
+"""Speed and memory of the data path compared with the usual pipeline.
 
-    python benchmarks/data.py index                  # a made-up annotation file of COCO's size
-    python benchmarks/data.py loading --data /data/coco    # images a second on one core
+    python benchmarks/data.py index                  # a generated annotation file of COCO's size
+    python benchmarks/data.py loading --data /data/coco    # images/s on one core
     python benchmarks/data.py prepare --data /data/coco
 
-The usual pipeline is what most training scripts do: PIL decodes, pycocotools draws the masks,
-torchvision resizes, flips, crops and normalises to float tensors. All variants run in turn, and
-medians are reported, so that a noisy machine hits all alike.
+The usual pipeline is that of most training scripts: PIL decodes, pycocotools draws the masks,
+torchvision resizes, flips, crops and normalizes to float tensors. Variants alternate, and medians
+are reported, so that a noisy machine affects all of them equally.
 """
 
 import argparse
@@ -31,20 +31,20 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from segtrain.config import DataConfig
-from segtrain.cores import usable_cores
-from segtrain.data import open_pictures
-from segtrain.data.demo import demo_people_root
-from segtrain.data.loading import Batches, train_batches
+from segtrain.config.schema import DataConfig
+from segtrain.data.datasets import open_selection
+from segtrain.data.loader import Batches, train_batches
 from segtrain.data.prepare import prepare
 from segtrain.data.transforms import TrainTransform
+from segtrain.demo.dataset import demo_people_root
+from segtrain.runtime.cpu import available_cpus
 
 SIZE, BATCH_SIZE = 224, 16
 NUM_IMAGES, NUM_ANNOTATIONS, NUM_PEOPLE = 118_287, 860_001, 262_465
 
 
 class UsualDataset(Dataset):
-    """COCO people the way training scripts write it."""
+    """COCO people as typical training scripts load them."""
 
     def __init__(self, root: Path, split: str) -> None:
         self.coco = COCO(str(root / "annotations" / f"instances_{split}2017.json"))
@@ -75,8 +75,8 @@ class UsualDataset(Dataset):
         return tensor, torch.from_numpy(np.array(mask)).long()
 
 
-def our_batches(root: Path, workers: int) -> Batches:
-    source = open_pictures(DataConfig(root=str(root)), "train")
+def segtrain_batches(root: Path, workers: int) -> Batches:
+    source = open_selection(DataConfig(root=str(root)), "train")
     return train_batches(
         source,
         TrainTransform(SIZE),
@@ -87,8 +87,8 @@ def our_batches(root: Path, workers: int) -> Batches:
     )
 
 
-def seconds_of(batches: "Batches | DataLoader", num_images: int) -> float:
-    """Of so many images, after the first batch, by which worker processes are up."""
+def measure_seconds(batches: "Batches | DataLoader", num_images: int) -> float:
+    """Seconds to load `num_images` after the first batch, which waits for the worker processes."""
     iterator = iter(batches)
     next(iterator)
     started = time.perf_counter()
@@ -100,86 +100,82 @@ def seconds_of(batches: "Batches | DataLoader", num_images: int) -> float:
     return seconds
 
 
-def rates_in_turn(
+def measure_rates(
     variants: dict[str, Callable[[], "Batches | DataLoader"]], num_images: int, repeats: int
 ) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
-        for name, make in variants.items():
-            rates[name].append(num_images / seconds_of(make(), num_images))
+        for name, build in variants.items():
+            rates[name].append(num_images / measure_seconds(build(), num_images))
     return rates
 
 
-def loading(root: Path, repeats: int, short_side: int) -> None:
-    """Images a second, from the files to a batch."""
+def benchmark_loading(root: Path, repeats: int, short_side: int) -> None:
+    """Images/s, from the files to a batch."""
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared"
-        prepare(
-            DataConfig(root=str(root)),
-            prepared,
-            short_side=short_side,
-            workers=len(cores),
-            tell=print,
-        )
+        config = DataConfig(root=str(root))
+        prepare(config, prepared, short_side=short_side, workers=len(cores))
         usual = UsualDataset(root, "train")
-        # As many images as one pass has, so that every picture is read once.
+        # One epoch, so that every image is read once.
         num_images = (len(usual) // BATCH_SIZE - 1) * BATCH_SIZE
         os.sched_setaffinity(0, cores[:1])
-        one_core = rates_in_turn(
+        one_core = measure_rates(
             {
                 "usual pipeline": lambda: DataLoader(usual, BATCH_SIZE, shuffle=True),
-                "ours, raw": lambda: our_batches(root, 0),
-                "ours, prepared": lambda: our_batches(prepared, 0),
+                "segtrain, raw": lambda: segtrain_batches(root, 0),
+                "segtrain, prepared": lambda: segtrain_batches(prepared, 0),
             },
             num_images,
             repeats,
         )
         os.sched_setaffinity(0, cores)
-        workers = rates_in_turn(
+        workers = measure_rates(
             {
-                "ours, raw, 1 worker": lambda: our_batches(root, 1),
-                "ours, raw, 2 workers": lambda: our_batches(root, 2),
-                "ours, prepared, 1 worker": lambda: our_batches(prepared, 1),
-                "ours, prepared, 2 workers": lambda: our_batches(prepared, 2),
+                "segtrain, raw, 1 worker": lambda: segtrain_batches(root, 1),
+                "segtrain, raw, 2 workers": lambda: segtrain_batches(root, 2),
+                "segtrain, prepared, 1 worker": lambda: segtrain_batches(prepared, 1),
+                "segtrain, prepared, 2 workers": lambda: segtrain_batches(prepared, 2),
             },
             num_images,
             repeats,
         )
-    show(f"{num_images} images, one core", one_core, dict.fromkeys(one_core, "usual pipeline"))
+    print_table(
+        f"{num_images} images, one core", one_core, dict.fromkeys(one_core, "usual pipeline")
+    )
     references = {name: name.rpartition(",")[0] + ", 1 worker" for name in workers}
-    show(f"{num_images} images, {len(cores)} cores", workers, references)
+    print_table(f"{num_images} images, {len(cores)} cores", workers, references)
 
 
-def show(title: str, rates: dict[str, list[float]], references: dict[str, str]) -> None:
+def print_table(title: str, rates: dict[str, list[float]], references: dict[str, str]) -> None:
     table = Table(title=title)
     for heading in ("", "images/s", "from", "to", "ratio", "against"):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, found in rates.items():
-        # The ratio of each turn: what slows down the machine slows down both.
-        pairs = zip(found, rates[references[name]], strict=True)
+    for name, values in rates.items():
+        # The ratio within each repeat: a slow machine slows down both.
+        pairs = zip(values, rates[references[name]], strict=True)
         ratio = statistics.median(a / b for a, b in pairs)
-        figures = [statistics.median(found), min(found), max(found)]
-        table.add_row(name, *(f"{x:.0f}" for x in figures), f"{ratio:.2f}", references[name])
+        summary = [statistics.median(values), min(values), max(values)]
+        table.add_row(name, *(f"{x:.0f}" for x in summary), f"{ratio:.2f}", references[name])
     Console(width=100).print(table)
 
 
-def preparing(root: Path, repeats: int) -> None:
+def benchmark_prepare(root: Path, repeats: int) -> None:
     rates = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            done = prepare(
+            result = prepare(
                 DataConfig(root=str(root)),
                 Path(folder) / "prepared",
                 short_side=320,
-                workers=usable_cores(),
-                tell=lambda line: None,
+                workers=available_cpus(),
             )
-            rates.append(sum(done.num_pictures.values()) / (time.perf_counter() - started))
+            rates.append(sum(result.num_images.values()) / (time.perf_counter() - started))
     print(
-        f"prepare on {usable_cores()} cores: {statistics.median(rates):.0f} images/s "
+        f"prepare on {available_cpus()} cores: {statistics.median(rates):.0f} images/s "
         f"({min(rates):.0f} to {max(rates):.0f})"
     )
 
@@ -187,14 +183,14 @@ def preparing(root: Path, repeats: int) -> None:
 OPEN = """
 import re, sys, time
 from pathlib import Path
-from segtrain.data.coco import CocoPeople
+from segtrain.data.coco.dataset import CocoDataset
 
 def peak() -> float:
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
 
 before = peak()
 started = time.perf_counter()
-source = CocoPeople(Path(sys.argv[1]), "train")
+source = CocoDataset(Path(sys.argv[1]), "train")
 seconds = time.perf_counter() - started
 print(f"{seconds:.2f} s, peak {peak():.0f} MB (after imports {before:.0f}), {len(source):,} images")
 """
@@ -202,45 +198,47 @@ print(f"{seconds:.2f} s, peak {peak():.0f} MB (after imports {before:.0f}), {len
 GROWTH = """
 import os, sys
 from pathlib import Path
-from segtrain.data.coco import CocoPeople
+from segtrain.data.coco.dataset import CocoDataset
 
 def private() -> int:
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
-source = CocoPeople(Path(sys.argv[1]), "train")
-index = source.index
+source = CocoDataset(Path(sys.argv[1]), "train")
+coco = source.coco
 if os.fork() == 0:
     before = private()
     for i in range(len(source)):
-        source.picture_path(i)
-        for region in index.regions(i):
-            index.polygons(region)
+        source.image_path(i)
+        for region in coco.regions(i):
+            coco.polygons(region)
     print(f"a forked worker that reads every outline grows by {(private() - before) / 1e3:.1f} MB")
     os._exit(0)
 os.wait()
 """
 
 
-def index(repeats: int) -> None:
-    """Opening a file like instances_train2017.json, first and again."""
+def benchmark_index(repeats: int) -> None:
+    """Open a file like instances_train2017.json for the first time and again."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "coco"
         size = write_large_coco(root)
         print(f"annotation file: {size / 1e6:.0f} MB, {NUM_PEOPLE:,} people")
         environment = {**os.environ, "SEGTRAIN_CACHE": f"{folder}/cache"}
-        for turn in range(repeats + 1):
-            done = subprocess.run(
+        for repeat in range(repeats + 1):
+            result = subprocess.run(
                 [sys.executable, "-c", OPEN, root], env=environment, text=True, capture_output=True
             )
-            print(f"{'first start' if turn == 0 else 'again'}: {done.stdout.strip()}", flush=True)
-        kept = sum(path.stat().st_size for path in Path(folder, "cache").iterdir())
-        print(f"kept in the cache: {kept / 1e6:.0f} MB")
+            print(
+                f"{'first start' if repeat == 0 else 'again'}: {result.stdout.strip()}", flush=True
+            )
+        cached = sum(path.stat().st_size for path in Path(folder, "cache").iterdir())
+        print(f"size of the cache: {cached / 1e6:.0f} MB")
         subprocess.run([sys.executable, "-c", GROWTH, root], env=environment, check=True)
 
 
 def write_large_coco(root: Path) -> int:
-    """118,287 empty pictures and 860,001 annotations with outlines as long as COCO's."""
+    """Write 118,287 empty images and 860,001 annotations with outlines as long as COCO's."""
     rng = np.random.default_rng(0)
     (root / "train2017").mkdir(parents=True)
     names = [f"{number:012d}.jpg" for number in range(1, NUM_IMAGES + 1)]
@@ -257,13 +255,13 @@ def write_large_coco(root: Path) -> int:
     with path.open("w", encoding="utf-8") as file:
         file.write('{"images": ' + json.dumps(images) + ', "annotations": [')
         for number in range(NUM_ANNOTATIONS):
-            file.write((", " if number else "") + json.dumps(annotation(rng, number)))
+            file.write((", " if number else "") + json.dumps(random_annotation(rng, number)))
         categories = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]
         file.write('], "categories": ' + json.dumps(categories) + "}")
     return path.stat().st_size
 
 
-def annotation(rng: np.random.Generator, number: int) -> dict[str, object]:
+def random_annotation(rng: np.random.Generator, number: int) -> dict[str, object]:
     is_person = (
         number * NUM_PEOPLE // NUM_ANNOTATIONS != (number + 1) * NUM_PEOPLE // NUM_ANNOTATIONS
     )
@@ -285,19 +283,21 @@ def annotation(rng: np.random.Generator, number: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["index", "loading", "prepare"])
-    parser.add_argument("--data", type=Path, help="root in COCO layout; default: drawn people")
+    parser.add_argument("benchmark", choices=["index", "loading", "prepare"])
+    parser.add_argument("--data", type=Path, help="root in COCO layout (default: drawn people)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--short-side", type=int, default=320, help="of the prepared folder")
+    parser.add_argument(
+        "--short-side", type=int, default=320, help="short side of the prepared images"
+    )
     arguments = parser.parse_args()
-    if arguments.what == "index":
-        index(arguments.repeats)
+    if arguments.benchmark == "index":
+        benchmark_index(arguments.repeats)
         return
     root = (arguments.data or demo_people_root()).resolve()
-    if arguments.what == "loading":
-        loading(root, arguments.repeats, arguments.short_side)
+    if arguments.benchmark == "loading":
+        benchmark_loading(root, arguments.repeats, arguments.short_side)
     else:
-        preparing(root, arguments.repeats)
+        benchmark_prepare(root, arguments.repeats)
 
 
 if __name__ == "__main__":

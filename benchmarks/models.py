@@ -1,13 +1,13 @@
-"""Speed and memory of the networks against the field's way of writing them.
+"""Speed and memory of the models compared with common implementations.
 
     python benchmarks/models.py                    # this CPU, bf16, batch 4, 224 x 224
-    python benchmarks/models.py --device cuda      # batch 4, 16 and 32: plain, as CUDA graphs
-    python benchmarks/models.py --traffic          # bytes that a step moves on a GPU; needs none
+    python benchmarks/models.py --device cuda      # batch 4, 16 and 32: eager and CUDA graphs
+    python benchmarks/models.py --traffic          # memory traffic of a step on a GPU; needs no GPU
 
-The reference is FC-DenseNet103 as most ports have it: torch.cat before every layer, and BN, ReLU,
-convolution and dropout as modules. It gets our weights, the same precision, memory format, batch
-and process, and its logits are compared with ours before anything is timed. All variants run in
-turn, and medians are reported, so that a noisy machine hits all alike.
+The reference is FC-DenseNet103 as most ports write it: torch.cat before every layer, and BN, ReLU,
+convolution and dropout as modules. It has our weights and the same precision, memory format, batch
+and process; its logits are compared with ours before anything is timed. Variants alternate, and
+medians are reported, so that a noisy machine affects all of them equally.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from traffic import step_traffic
 
-from segtrain.devices import describe_device, move_model, resolve_device
-from segtrain.errors import says_out_of_memory
+from segtrain.errors import is_memory_error
 from segtrain.models import build_model
 from segtrain.models.dense_block import DenseBlock
-from segtrain.models.overview import cost_of, count_kept_bytes
+from segtrain.models.summary import compute_cost, count_kept_bytes
+from segtrain.runtime.devices import describe_device, move_model, resolve_device
 
 SIZE = 224
 OTHERS = {
@@ -41,7 +41,7 @@ OTHERS = {
 
 
 class NaiveBlock(nn.Module):
-    """A dense block with the concatenation written down."""
+    """A dense block with explicit concatenation."""
 
     def __init__(self, block: DenseBlock) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class NaiveBlock(nn.Module):
 
 
 class NaiveTiramisu(nn.Module):
-    """FC-DenseNet103 with our weights, the field's blocks and torch's dropout."""
+    """FC-DenseNet103 with our weights, common dense blocks and torch's dropout."""
 
     def __init__(self, ours: nn.Module) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class NaiveTiramisu(nn.Module):
 
 
 class Job:
-    """One network at one batch, to be timed."""
+    """A model and a batch to time."""
 
     def __init__(
         self, model: nn.Module, batch_size: int, device: torch.device, dtype: torch.dtype
@@ -107,7 +107,7 @@ class Job:
             return self.model(self.image)
 
     def train_step(self) -> None:
-        """Forward and backward; what an optimizer costs is the same for all."""
+        """Forward and backward; the optimizer takes the same time for all models."""
         self.model.train()
         F.cross_entropy(self.logits().float(), self.mask).backward()
         for parameter in self.model.parameters():
@@ -120,16 +120,16 @@ class Job:
 
 
 def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turn, after three turns to warm up."""
+    """Median seconds of each run, alternating, after three warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(3 + repeats):
         for name, run in runs.items():
-            seconds[name].append(timed(run))
+            seconds[name].append(measure_seconds(run))
     return {name: statistics.median(times[3:]) for name, times in seconds.items()}
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds; on a GPU by its own clock, from when it has nothing else to do."""
+def measure_seconds(run: Callable[[], object]) -> float:
+    """Seconds; on a GPU from CUDA events, starting when the GPU is idle."""
     if not torch.cuda.is_available():
         started = time.perf_counter()
         run()
@@ -144,13 +144,13 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """GFLOP/s of a large matrix product: what the machine can do at best."""
+    """GFLOP/s of a large matrix product: the peak of the machine."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / medians({"matmul": lambda: a @ a}, 9)["matmul"] / 1e9
 
 
-def on_cpu(batch_size: int, repeats: int) -> None:
+def benchmark_cpu(batch_size: int, repeats: int) -> None:
     device, dtype = torch.device("cpu"), torch.bfloat16
     ours = build_model("tiramisu")
     reference = NaiveTiramisu(ours)
@@ -161,13 +161,13 @@ def on_cpu(batch_size: int, repeats: int) -> None:
         move_model(model, device)
     check_same_logits(reference, ours)
     jobs = {name: Job(model, batch_size, device, dtype) for name, model in models.items()}
-    # Inference first: eval and predict run in a process that has not trained, and what training
-    # leaves in the allocator's hands makes the reference faster.
+    # Inference first: eval and predict run in a process that has not trained, and memory that
+    # training leaves in the allocator makes the reference faster.
     runs = {name: jobs[name].inference for name in ("reference", "plain")}
     inference = medians(runs, 2 * repeats)
     train = medians({name: job.train_step for name, job in jobs.items()}, repeats)
     peak = matmul_peak(device, dtype)
-    macs = cost_of("tiramisu").multiply_adds * batch_size
+    macs = compute_cost("tiramisu").multiply_adds * batch_size
 
     table = Table(title=f"FC-DenseNet103, batch {batch_size}, bf16, {describe_device(device)}")
     for heading in ("", "s", "x reference's speed", "kept MB/image", "GFLOP/s", "of peak"):
@@ -178,10 +178,10 @@ def on_cpu(batch_size: int, repeats: int) -> None:
         add_row(table, f"train, {name}", seconds, train["reference"], f"{kept:.0f}", rate, peak)
     for name, seconds in inference.items():
         rate = 2 * macs / seconds / 1e9
-        what = "reference" if name == "reference" else "ours"
-        add_row(table, f"inference, {what}", seconds, inference["reference"], "", rate, peak)
+        label = "reference" if name == "reference" else "ours"
+        add_row(table, f"inference, {label}", seconds, inference["reference"], "", rate, peak)
     Console().print(table)
-    other_networks(batch_size, repeats, device, dtype, peak)
+    benchmark_other_models(batch_size, repeats, device, dtype, peak)
 
 
 def add_row(
@@ -191,7 +191,7 @@ def add_row(
     table.add_row(name, f"{seconds:.3f}", ratio, kept, f"{rate:.0f}", f"{rate / peak:.0%}")
 
 
-def other_networks(
+def benchmark_other_models(
     batch_size: int, repeats: int, device: torch.device, dtype: torch.dtype, peak: float
 ) -> None:
     table = Table(title=f"matrix-product peak {peak:.0f} GFLOP/s")
@@ -201,12 +201,12 @@ def other_networks(
         model = build_model(name.split()[0], **kwargs)
         move_model(model, device)
         job = Job(model, batch_size, device, dtype)
-        macs = cost_of(name.split()[0], **kwargs).multiply_adds * batch_size
+        macs = compute_cost(name.split()[0], **kwargs).multiply_adds * batch_size
         seconds = medians({"train": job.train_step, "inference": job.inference}, repeats)
         cells = []
-        for what, flops in (("train", 6 * macs), ("inference", 2 * macs)):
-            rate = flops / seconds[what] / 1e9
-            cells += [f"{seconds[what]:.3f}", f"{rate:.0f}", f"{rate / peak:.0%}"]
+        for mode, flops in (("train", 6 * macs), ("inference", 2 * macs)):
+            rate = flops / seconds[mode] / 1e9
+            cells += [f"{seconds[mode]:.3f}", f"{rate:.0f}", f"{rate / peak:.0%}"]
         table.add_row(name, *cells)
     Console().print(table)
 
@@ -217,9 +217,11 @@ def check_same_logits(reference: nn.Module, ours: nn.Module) -> None:
     torch.testing.assert_close(ours.eval()(image), reference.eval()(image), rtol=1e-3, atol=1e-3)
 
 
-def on_cuda(device: torch.device, batch_sizes: list[int], repeats: int, compiled: bool) -> None:
-    """All ways to take a step, in turn, at each batch size; and the largest batch of each."""
-    # Crops are of one size, so cuDNN may try which of its kernels are fastest; for all alike.
+def benchmark_cuda(
+    device: torch.device, batch_sizes: list[int], repeats: int, compiled: bool
+) -> None:
+    """All variants of a step at each batch size, and the largest batch of each variant."""
+    # Crops have one size, so cuDNN may benchmark its kernels, for all variants.
     torch.backends.cudnn.benchmark = True
     ours = build_model("tiramisu")
     check_same_logits(NaiveTiramisu(ours), ours)
@@ -235,7 +237,7 @@ def on_cuda(device: torch.device, batch_sizes: list[int], repeats: int, compiled
             table.add_column(heading, justify="right" if heading != "step" else "left")
         runs = cuda_runs(ours, batch_size, device, dtype, compiled)
         seconds = medians({name: run.step for name, run in runs.items()}, repeats)
-        flops = 6 * cost_of("tiramisu").multiply_adds * batch_size
+        flops = 6 * compute_cost("tiramisu").multiply_adds * batch_size
         for name, run in runs.items():
             moved = step_traffic(run.make_model, batch_size, SIZE, dtype)[0]
             row = [
@@ -255,10 +257,10 @@ def on_cuda(device: torch.device, batch_sizes: list[int], repeats: int, compiled
 
 
 class CudaRun(NamedTuple):
-    """A way to take a step.
+    """A variant of a step.
 
-    make_model: makes its network again, for counting.
-    is_counted: whether `traffic` knows what it moves; a compiler's kernels it does not know.
+    make_model: builds its model again, for counting.
+    is_counted: whether `traffic` can count its traffic, which it cannot for compiled kernels.
     """
 
     step: Callable[[], None]
@@ -269,12 +271,7 @@ class CudaRun(NamedTuple):
 def cuda_runs(
     ours: nn.Module, batch_size: int, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> dict[str, CudaRun]:
-    """The field's network plain, channels_last, compiled and as a CUDA graph; ours likewise."""
-
-    def variant(memory_efficient: bool | str) -> nn.Module:
-        model = copy.deepcopy(ours)
-        model.memory_efficient = memory_efficient
-        return model
+    """The textbook model and ours: eager, in channels_last, compiled and as a CUDA graph."""
 
     def textbook() -> nn.Module:
         return NaiveTiramisu(ours)
@@ -284,28 +281,28 @@ def cuda_runs(
         return Job(model, batch_size, device, dtype)
 
     last = torch.channels_last
-    ways = {
+    variants = {
         "textbook": textbook,
-        "ours, auto": partial(variant, "auto"),
-        "ours, memory_efficient=false": partial(variant, False),
-        "ours, memory_efficient=true": partial(variant, True),
+        "ours, auto": partial(copy_model, ours, "auto"),
+        "ours, memory_efficient=false": partial(copy_model, ours, False),
+        "ours, memory_efficient=true": partial(copy_model, ours, True),
     }
     runs = {"textbook, not channels_last": CudaRun(
         job(textbook, torch.contiguous_format).train_step, textbook
     )}  # fmt: skip
-    for name, make in ways.items():
+    for name, make in variants.items():
         runs[name] = CudaRun(job(make, last).train_step, make)
         runs[f"{name}, CUDA graph"] = CudaRun(as_graph(job(make, last)), make)
     if compiled:
         for name in ("textbook", "ours, memory_efficient=false"):
-            run = job(ways[name], last)
+            run = job(variants[name], last)
             run.model.compile()
-            runs[f"{name}, compiled"] = CudaRun(run.train_step, ways[name], is_counted=False)
+            runs[f"{name}, compiled"] = CudaRun(run.train_step, variants[name], is_counted=False)
     return runs
 
 
 def as_graph(job: Job) -> Callable[[], None]:
-    """The step, recorded once; replaying it costs the host a single launch."""
+    """The step as a CUDA graph; replaying it takes a single launch on the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -335,23 +332,23 @@ def peak_memory(step: Callable[[], None]) -> int:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that copies of large tensors read and write."""
+    """Bytes per second that copies of large tensors read and write."""
     a = torch.empty(2**30, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     return 2 * a.numel() / medians({"copy": lambda: b.copy_(a)}, 9)["copy"]
 
 
 def largest_batches(ours: nn.Module, device: torch.device, dtype: torch.dtype) -> Table:
-    """Double the batch until the card is full."""
+    """Double the batch until the GPU is out of memory."""
     table = Table(title="largest batch that fits, of 8, 16, 32 ...")
     table.add_column("network")
     table.add_column("batch", justify="right")
-    ways: dict[str, Callable[[], nn.Module]] = {"textbook": lambda: NaiveTiramisu(ours)}
+    variants: dict[str, Callable[[], nn.Module]] = {"textbook": lambda: NaiveTiramisu(ours)}
     for efficient in (False, True):
-        ways[f"ours, memory_efficient={str(efficient).lower()}"] = partial(
-            _efficient, ours, efficient
+        variants[f"ours, memory_efficient={str(efficient).lower()}"] = partial(
+            copy_model, ours, efficient
         )
-    for name, make in ways.items():
+    for name, make in variants.items():
         model = make()
         move_model(model, device)
         fits, batch_size = 0, 8
@@ -359,7 +356,7 @@ def largest_batches(ours: nn.Module, device: torch.device, dtype: torch.dtype) -
             try:
                 Job(model, batch_size, device, dtype).train_step()
             except RuntimeError as error:
-                if not says_out_of_memory(error):
+                if not is_memory_error(error):
                     raise
                 break
             fits, batch_size = batch_size, 2 * batch_size
@@ -369,24 +366,24 @@ def largest_batches(ours: nn.Module, device: torch.device, dtype: torch.dtype) -
     return table
 
 
-def _efficient(ours: nn.Module, memory_efficient: bool) -> nn.Module:
+def copy_model(ours: nn.Module, memory_efficient: bool | str) -> nn.Module:
     model = copy.deepcopy(ours)
     model.memory_efficient = memory_efficient
     return model
 
 
-def traffic(batch_sizes: list[int]) -> None:
-    """What a step moves through a GPU's memory; counted, so no GPU is needed."""
+def print_traffic(batch_sizes: list[int]) -> None:
+    """Print the memory traffic of a step on a GPU; it is counted without one."""
     table = Table(title=f"FC-DenseNet103, {SIZE} x {SIZE}, bf16: GB read and written in a step")
     table.add_column("")
     for batch_size in batch_sizes:
         table.add_column(f"batch {batch_size}", justify="right")
-    ways: dict[str, Callable[[], nn.Module]] = {
+    variants: dict[str, Callable[[], nn.Module]] = {
         "textbook": lambda: NaiveTiramisu(build_model("tiramisu")),
         "ours, memory_efficient=false": lambda: build_model("tiramisu", memory_efficient=False),
         "ours, memory_efficient=true": lambda: build_model("tiramisu", memory_efficient=True),
     }
-    for name, make in ways.items():
+    for name, make in variants.items():
         counts = [step_traffic(make, size, SIZE, torch.bfloat16)[0] for size in batch_sizes]
         table.add_row(name, *(f"{count / 1e9:.1f}" for count in counts))
     Console().print(table)
@@ -397,18 +394,22 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch-size", type=int, default=4, help="on a CPU")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 16, 32], help="on CUDA")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile, too: minutes")
-    parser.add_argument("--traffic", action="store_true", help="only count the bytes of a step")
+    parser.add_argument(
+        "--compiled", action="store_true", help="include torch.compile, which takes minutes"
+    )
+    parser.add_argument(
+        "--traffic", action="store_true", help="only count the memory traffic of a step"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.traffic:
-        traffic(arguments.batch_sizes)
+        print_traffic(arguments.batch_sizes)
     elif arguments.device == "cuda":
         device = resolve_device("cuda")
-        on_cuda(device, arguments.batch_sizes, arguments.repeats, arguments.compiled)
+        benchmark_cuda(device, arguments.batch_sizes, arguments.repeats, arguments.compiled)
     else:
-        on_cpu(arguments.batch_size, arguments.repeats)
+        benchmark_cpu(arguments.batch_size, arguments.repeats)
 
 
 if __name__ == "__main__":

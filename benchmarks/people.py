@@ -1,8 +1,9 @@
-"""How fast the demo people are drawn and written on one core: python benchmarks/people.py
+"""Speed of drawing and writing the demo people on one core: python benchmarks/people.py
 
-Prints the median of several repeats, each on scenes of its own.
+Prints the median of several repeats, each with different scenes.
 """
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import cv2
 
-from segtrain.data.people import write_demo_people
+from segtrain.demo import write_demo_people
 
 NUM_IMAGES, REPEATS = 100, 5
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     cv2.setNumThreads(1)
     rates = []
     for seed in range(REPEATS + 1):
@@ -25,7 +27,7 @@ def main() -> None:
             rates.append(NUM_IMAGES / (time.perf_counter() - started))
     rates = rates[1:]  # the first repeat warms the caches
     print(
-        f"{statistics.median(rates):.1f} images a second on one core "
+        f"{statistics.median(rates):.1f} images/s on one core "
         f"(median of {REPEATS} x {NUM_IMAGES}; {min(rates):.1f} to {max(rates):.1f})"
     )
 

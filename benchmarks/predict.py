@@ -1,15 +1,15 @@
-"""What predict makes of two cores, and how long it takes to start: python benchmarks/predict.py
+"""Throughput and startup time of predict on two cores: python benchmarks/predict.py
 
-It takes the checkpoint that `segtrain predict` would take. A folder of photos of two megapixels,
-with drawn people, is gone through
+Uses the checkpoint that `segtrain predict` would use. A folder of two-megapixel photos with drawn
+people is processed
 
-- by a plain loop with Pillow: load, resize, forward, upsample, save mask and cut-out;
-- by a plain loop with the same functions that predict uses, one after the other;
+- by a plain loop with Pillow: load, resize, forward, upsample, save mask and cutout;
+- by a plain loop over the functions that predict uses;
 - by `segtrain predict`.
 
-Each in a process of its own, with one and with two threads for torch, in turn. What counts are the
-pictures after the first five, so that starting is left out. Then whole processes: `segtrain
-predict` on one photo, against `import torch` and one forward pass; the fastest of several.
+Each runs in its own process, with one and with two torch threads, alternating. The first five
+images are not counted, which excludes startup. Then whole processes are timed: `segtrain predict`
+on one photo, compared with `import torch` plus one forward pass; the fastest of several counts.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 1632, 1224
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=int, default=NUM_PHOTOS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -38,39 +38,40 @@ def main() -> None:
         folder = Path(name)
         draw_photos(folder / "photos", options.photos)
         rates = {}
-        for child in ("pillow", "ours", "predict"):
+        for child in ("pillow", "functions", "predict"):
             for threads in (1, 2):
                 rates[child, threads] = []
         for _ in range(options.repeats):
             for child, threads in rates:
                 rates[child, threads].append(images_per_second(child, folder, threads))
-        for (child, threads), seen in rates.items():
-            rate = statistics.median(seen)
-            print(f"{child:8} {threads} torch threads {rate:6.2f} images/s, median of {len(seen)}")
+        for (child, threads), values in rates.items():
+            rate = statistics.median(values)
+            print(f"{child:9} {threads} threads {rate:6.2f} images/s, median of {len(values)}")
         best = {
             child: max(statistics.median(rates[child, threads]) for threads in (1, 2))
-            for child in ("pillow", "ours", "predict")
+            for child in ("pillow", "functions", "predict")
         }
-        print(f"predict / plain loop with Pillow   {best['predict'] / best['pillow']:.2f}")
-        print(f"predict / plain loop of its parts  {best['predict'] / best['ours']:.2f}")
-        cold = {"torch": [], "forward": [], "one": []}
+        print(f"predict / plain loop with Pillow     {best['predict'] / best['pillow']:.2f}")
+        print(f"predict / plain loop over functions  {best['predict'] / best['functions']:.2f}")
+        cold = {"torch": [], "forward": [], "one_photo": []}
         for _ in range(2 * options.repeats + 1):
-            for child, seen in cold.items():
+            for child, seconds in cold.items():
                 started = time.perf_counter()
                 output = run_child(child, folder, 1)
-                seen.append(float(output) if child == "forward" else time.perf_counter() - started)
-        importing, forward, one = (min(seen) for seen in cold.values())
+                elapsed = time.perf_counter() - started
+                seconds.append(float(output) if child == "forward" else elapsed)
+        importing, forward, one_photo = (min(seconds) for seconds in cold.values())
         print(f"cold: import torch {importing:.2f} s, one forward {forward:.2f} s")
-        print(f"cold: predict of one photo {one:.2f} s")
-        print(f"predict of one photo / both {one / (importing + forward):.2f}")
+        print(f"cold: predict of one photo {one_photo:.2f} s")
+        print(f"predict of one photo / both {one_photo / (importing + forward):.2f}")
 
 
 def draw_photos(folder: Path, num: int) -> None:
-    """Drawn people, enlarged, with a camera's noise: as large as files as photos are."""
+    """Upsampled drawn people with camera noise, so that the files are as large as photos."""
     import numpy as np
 
-    from segtrain.data.people.scenes import draw_person_scene
-    from segtrain.images import resize_image, write_image
+    from segtrain.demo.scenes import draw_person_scene
+    from segtrain.imaging.images import resize_image, write_image
 
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 4, (HEIGHT, WIDTH, 3))
@@ -87,26 +88,27 @@ def images_per_second(child: str, folder: Path, threads: int) -> float:
 def run_child(child: str, folder: Path, threads: int) -> str:
     command = [sys.executable, __file__, "--child", child, str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return done.stdout
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if result.returncode:
+        sys.exit(result.stderr)
+    return result.stdout
 
 
-def report(times: list[float]) -> None:
+def print_rate(times: list[float]) -> None:
     print((len(times) - 1 - WARM_UP) / (times[-1] - times[WARM_UP]))
 
 
-def open_best():
-    from segtrain.prediction.network import HowToRun, open_network
-    from segtrain.runs import find_checkpoint
+def load_best_backend():
+    from segtrain.inference.load import load_backend
+    from segtrain.inference.options import InferenceOptions
+    from segtrain.runs.folder import find_checkpoint
 
-    return open_network(find_checkpoint(None)[0], HowToRun())
+    return load_backend(find_checkpoint(None)[0], InferenceOptions())
 
 
-def model_of_best():
+def load_best_model():
     from segtrain.checkpoint import load_checkpoint, restore_model
-    from segtrain.runs import find_checkpoint
+    from segtrain.runs.folder import find_checkpoint
 
     path, _ = find_checkpoint(None)
     checkpoint = load_checkpoint(path)
@@ -119,16 +121,16 @@ def pillow(folder: Path) -> None:
     import torch.nn.functional as F
     from PIL import Image
 
-    model, short_side = model_of_best()
+    model, short_side = load_best_model()
     times = []
     target = folder / "pillow"
     target.mkdir(exist_ok=True)
     for path in sorted((folder / "photos").iterdir()):
         image = Image.open(path).convert("RGB")
         scale = short_side / min(image.size)
-        seen = image.resize([round(side * scale) for side in image.size], Image.Resampling.BOX)
+        small = image.resize([round(side * scale) for side in image.size], Image.Resampling.BOX)
         with torch.inference_mode():
-            batch = torch.from_numpy(np.array(seen)).permute(2, 0, 1)[None]
+            batch = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
             probs = model(batch).softmax(dim=1)[:, 1:]
             probs = F.interpolate(probs, image.size[::-1], mode="bilinear")
         probability = probs[0, 0].numpy()
@@ -137,38 +139,39 @@ def pillow(folder: Path) -> None:
         cutout = np.dstack([image, (probability * 255).astype(np.uint8)])
         Image.fromarray(cutout).save(target / f"{path.stem}_cutout.png")
         times.append(time.perf_counter())
-    report(times)
+    print_rate(times)
 
 
-def ours(folder: Path) -> None:
-    from segtrain.images import read_image, write_image
+def functions(folder: Path) -> None:
+    from segtrain.imaging.images import read_image, write_image
     from segtrain.prediction.outputs import Result
 
-    network, times = open_best(), []
+    backend, times = load_best_backend(), []
     for path in sorted((folder / "photos").iterdir()):
         image = read_image(path)
-        [probability] = network.probs([image])
-        result = Result(image=image, answer=probability)
-        write_image(folder / "ours" / f"{path.stem}_mask.png", result.mask)
-        write_image(folder / "ours" / f"{path.stem}_cutout.png", result.cutout())
+        [probability] = backend.probs([image])
+        result = Result(image=image, probs=probability)
+        write_image(folder / "functions" / f"{path.stem}_mask.png", result.mask)
+        write_image(folder / "functions" / f"{path.stem}_cutout.png", result.cutout())
         times.append(time.perf_counter())
-    report(times)
+    print_rate(times)
 
 
 def predict(folder: Path) -> None:
-    from segtrain import cli
-    from segtrain.prediction import command
+    from tqdm import tqdm
 
-    times, original = [], command._lines
+    from segtrain.cli import main as cli
 
-    def note_the_time(outcome):
+    times, original = [], tqdm.update
+
+    def update(bar, n=1):
         times.append(time.perf_counter())
-        return original(outcome)
+        return original(bar, n)
 
-    command._lines = note_the_time
+    tqdm.update = update  # predict updates its progress bar after each image
     photos, target = str(folder / "photos"), str(folder / "predict")
     assert cli.run(["predict", photos, "-o", target, "--overwrite"]) == 0
-    report(times)
+    print_rate(times)
 
 
 def import_torch(folder: Path) -> None:
@@ -176,29 +179,29 @@ def import_torch(folder: Path) -> None:
 
 
 def forward(folder: Path) -> None:
-    from segtrain.images import read_image
+    from segtrain.imaging.images import read_image
 
-    network, photo = open_best(), read_image(folder / "photos" / "000.jpg")
+    backend, photo = load_best_backend(), read_image(folder / "photos" / "000.jpg")
     started = time.perf_counter()
-    network.probs([photo])
+    backend.probs([photo])
     print(time.perf_counter() - started)
 
 
-def one(folder: Path) -> None:
-    from segtrain import cli
+def one_photo(folder: Path) -> None:
+    from segtrain.cli import main as cli
 
     photo = str(folder / "photos" / "000.jpg")
-    sys.argv = ["segtrain", "predict", photo, "-o", str(folder / "one"), "--overwrite"]
+    sys.argv = ["segtrain", "predict", photo, "-o", str(folder / "one_photo"), "--overwrite"]
     cli.main()
 
 
 CHILDREN = {
     "pillow": pillow,
-    "ours": ours,
+    "functions": functions,
     "predict": predict,
     "torch": import_torch,
     "forward": forward,
-    "one": one,
+    "one_photo": one_photo,
 }
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""How long the command line keeps a person waiting: python benchmarks/startup.py
+"""Startup time of the command line: python benchmarks/startup.py
 
-Whole processes, in turn with `python -c pass`, so that the interpreter's own share is seen.
+Times whole processes, alternating with `python -c pass`, which shows the part of the interpreter.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ COMMANDS = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(REPEATS + 1):
         for name, command in COMMANDS.items():

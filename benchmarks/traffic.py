@@ -1,9 +1,9 @@
-"""Counts what a training step moves through a GPU's memory, on tensors without any memory.
+"""Count the memory traffic of a training step on a GPU, with meta tensors (used by models, train).
 
-Every distinct input of an operator is read once and every output is written once; batch norm and
-convolutions' backward passes go over their input more than once. Views move nothing. Caches are
-left out, so that is what a GPU moves at least whose caches hold nothing from one operator to the
-next. Triton's kernels are no operators of torch; what they move is written down here.
+Every distinct input of an operator is read once, and every output is written once; batch norm and
+the backward passes of convolutions read their input more than once. Views move nothing. Caches are
+ignored, so this is the least that a GPU moves whose caches hold nothing from one operator to the
+next. Triton kernels are not torch operators; their traffic is written down here.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,11 +34,11 @@ _FREE = frozenset(
         *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
     }
 )
-_WRITING_ONLY = {"fill_", "zero_", "random_", "bernoulli_", "uniform_"}
+_WRITE_ONLY = {"fill_", "zero_", "random_", "bernoulli_", "uniform_"}
 
 
 class Traffic(TorchDispatchMode):
-    """Within, bytes and operators are counted."""
+    """Within, count bytes and operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,9 +51,9 @@ class Traffic(TorchDispatchMode):
             return out
         self.num_operators += 1
         self.bytes += num_bytes(out)
-        if name not in _WRITING_ONLY:
+        if name not in _WRITE_ONLY:
             self.bytes += num_bytes((args, kwargs))
-        if name == "native_batch_norm" and args[5]:  # statistics, then the values
+        if name == "native_batch_norm" and args[5]:  # once for the statistics, once for the values
             self.bytes += num_bytes(args[0])
         if name in {"native_batch_norm_backward", "convolution_backward"}:
             self.bytes += 2 * num_bytes(args[0])
@@ -61,13 +61,13 @@ class Traffic(TorchDispatchMode):
 
 
 def num_bytes(values: Any) -> int:
-    """Of all tensors in it."""
+    """Bytes of all tensors in a tree of values."""
     tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_meta]
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
 class CountedKernels:
-    """`dense_layer_triton` without its arithmetic: what its kernels read and write."""
+    """Replaces `dense_layer_triton`: only counts the bytes that its kernels read and write."""
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
@@ -80,23 +80,24 @@ class CountedKernels:
         self, layer: LayerPlan, features: Tensor, moments: Moments, weights: LayerWeights,
         dropout: Tensor | None, *, recompute: bool,
     ) -> list[Tensor]:  # fmt: skip
-        num_pixels, size = pixels_of(features), features.element_size()
+        num_pixels, size = count_pixels(features), features.element_size()
         read = num_pixels * size * layer.old.stop + num_bytes(weights)
-        written = num_pixels * size * new_channels(layer)
-        tiles = 2 * 4 * new_channels(layer) * num_pixels / 128  # mean and spread of 8 x 16 pixels
+        written = num_pixels * size * count_new_channels(layer)
+        # Mean and spread of each tile of 8 x 16 pixels.
+        tiles = 2 * 4 * count_new_channels(layer) * num_pixels / 128
         self.traffic.bytes += read + written + 2 * tiles
         self.traffic.num_operators += 2
         return []
 
     def backward_layer(
         self, layer: LayerPlan, features: Tensor, moments: Moments, weights: LayerWeights,
-        dropout: Tensor | None, kept: list[Tensor], grad: Tensor, moment_grads: Moments,
+        dropout: Tensor | None, saved: list[Tensor], grad: Tensor, moment_grads: Moments,
     ) -> LayerWeights:  # fmt: skip
-        num_pixels, size = pixels_of(features), features.element_size()
+        num_pixels, size = count_pixels(features), features.element_size()
         num_old, channel_blocks = layer.old.stop, ceil(layer.old.stop / 64)
         grad_y = num_pixels * size * 16
-        values = num_pixels * size * (3 * num_old + 2 * new_channels(layer))
-        # On a card of 132 processors, as `dense_layer_triton._num_splits`.
+        values = num_pixels * size * (3 * num_old + 2 * count_new_channels(layer))
+        # On a GPU with 132 multiprocessors, as `dense_layer_triton._num_splits`.
         num_splits = max(1, min(ceil(num_pixels / 64) // 4, 2 * 132 // channel_blocks))
         partials = 4 * num_splits * (9 * 16 + 2) * num_old
         self.traffic.bytes += values + (1 + channel_blocks) * grad_y + 2 * partials
@@ -108,16 +109,18 @@ class CountedKernels:
         self, features: Tensor, moments: Moments, grad: Tensor, moment_grads: Moments,
         part_channels: Sequence[int],
     ) -> list[Tensor]:  # fmt: skip
-        self.traffic.bytes += 3 * pixels_of(features) * features.element_size() * sum(part_channels)
+        self.traffic.bytes += (
+            3 * count_pixels(features) * features.element_size() * sum(part_channels)
+        )
         self.traffic.num_operators += len(part_channels)
         return [empty_channels_last(features, c) for c in part_channels]
 
 
-def pixels_of(features: Tensor) -> int:
+def count_pixels(features: Tensor) -> int:
     return features.numel() // features.shape[1]
 
 
-def new_channels(layer: LayerPlan) -> int:
+def count_new_channels(layer: LayerPlan) -> int:
     return layer.new.stop - layer.new.start
 
 
@@ -127,9 +130,8 @@ def step_traffic(
     """Bytes and operators of a forward and backward pass.
 
     Args:
-        make_model: dense blocks that are memory_efficient take Triton's kernels.
-        dtype: of weights and features. Under autocast casts of the weights come on top, which are
-            few bytes.
+        make_model: dense blocks with memory_efficient use the Triton kernels.
+        dtype: of weights and features. Autocast adds casts of the weights, which are few bytes.
     """
     traffic = Traffic()
     kernels = CountedKernels(traffic)
@@ -140,19 +142,19 @@ def step_traffic(
 
         def forward(block: DenseBlock, *parts: Tensor) -> Tensor:
             if not block.memory_efficient:
-                return block.as_in_the_paper(*parts)
+                return block.forward_plain(*parts)
             features, moments = block.train_fused(kernels, list(parts))
-            block._update_running_stats(moments, pixels_of(features))
+            block._update_running_stats(moments, count_pixels(features))
             return features
 
-        def measure(x: Tensor) -> Moments:  # torch's operator for it has no form without memory
+        def channel_moments(x: Tensor) -> Moments:  # torch's operator does not support meta tensors
             traffic.bytes += num_bytes(x)
             traffic.num_operators += 1
             return Moments(*x.new_empty(2, x.shape[1], dtype=torch.float32))
 
         with (
             patch.object(DenseBlock, "forward", forward),
-            patch.object(dense_block_fused, "measure", measure),
+            patch.object(dense_block_fused, "channel_moments", channel_moments),
             traffic,
         ):
             logits = model(image)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a cut-out: installs into .venv, draws people, trains on them, judges, predicts.
-# Everything it makes lies in quickstart/; run again, it goes on where it is.
+# From installation to a cutout: installs into .venv, draws people, trains, evaluates and predicts.
+# All output is in quickstart/. Run it again to continue.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -23,9 +23,9 @@ cat <<END
 
 Done. Look at
   $run/curves.png              loss and IoU over the epochs
-  $run/samples/                image | truth | prediction, a sheet an epoch
-  $run/metrics.jsonl           the numbers, a line an epoch
-  $out/predictions/            masks, cut-outs, new backgrounds, panels
+  $run/samples/                image | ground truth | prediction, one sheet per epoch
+  $run/metrics.jsonl           the metrics, one line per epoch
+  $out/predictions/            masks, cutouts, new backgrounds, panels
 Next: your own photo
   .venv/bin/segtrain predict photo.jpg --checkpoint $run --background '#00b140' --panel
 END

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with segtrain and what its tests need. Runs again in no time when nothing has changed.
+# Creates .venv with segtrain and its test dependencies. Does nothing if it is up to date.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,18 +9,18 @@ if [ -x .venv/bin/segtrain ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; t
   exit 0
 fi
 
-fits='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
+version_ok='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
 install=(-e '.[dev]' -c scripts/constraints.txt)
 if command -v uv >/dev/null; then
-  if ! [ -x .venv/bin/python ] || ! .venv/bin/python -c "$fits"; then
+  if ! [ -x .venv/bin/python ] || ! .venv/bin/python -c "$version_ok"; then
     uv venv --clear --python '>=3.11,<3.14' .venv
   fi
   uv pip install --python .venv/bin/python "${install[@]}"
 else
   python=
   for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
-    # A name on the PATH may be a shim of a version that is not installed, so ask it.
-    if [ -n "$candidate" ] && "$candidate" -c "$fits" 2>/dev/null; then
+    # A name on the PATH may be a shim for a version that is not installed, so run it.
+    if [ -n "$candidate" ] && "$candidate" -c "$version_ok" 2>/dev/null; then
       python=$candidate
       break
     fi
@@ -29,9 +29,9 @@ else
     echo 'error: no Python 3.11, 3.12 or 3.13 found; install one or set PYTHON=/path/to/python3' >&2
     exit 2
   fi
-  if ! [ -x .venv/bin/pip ] || ! .venv/bin/python -c "$fits"; then
+  if ! [ -x .venv/bin/pip ] || ! .venv/bin/python -c "$version_ok"; then
     if ! "$python" -m venv --clear .venv; then
-      echo 'error: cannot make .venv; on Debian or Ubuntu run: apt-get install python3-venv' >&2
+      echo 'error: cannot create .venv; on Debian or Ubuntu run: apt-get install python3-venv' >&2
       exit 2
     fi
   fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and tests: what CI runs. Arguments go to pytest, e.g. scripts/test.sh -k metrics.
+# Runs the linter, the type checker and the tests. Arguments go to pytest, e.g. -k metrics.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -7,4 +7,4 @@ bash scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+exec bash scripts/pytest.sh "$@"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains on all GPUs of this machine, a process for each; arguments go to `segtrain train`. Given
-# again after a stop, the same command goes on where it was. GPUS=2 takes only two of them.
+# Trains on all GPUs of this machine with one process each; arguments go to `segtrain train`. Run
+# the same command again to continue after an interruption. GPUS=2 uses only two GPUs.
 #   scripts/train_multi_gpu.sh --config configs/tiramisu_coco.yaml --data /data/coco --name week
 set -euo pipefail
 
 count_gpus() {
   if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-    # CUDA itself looks no further than the first -1.
+    # CUDA ignores everything after the first -1.
     local device devices count=0
     IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES"
     for device in "${devices[@]}"; do
@@ -15,18 +15,18 @@ count_gpus() {
     done
     echo "$count"
   else
-    # A GPU is a line; the parts that one is cut into follow it, indented.
+    # One line per GPU; the MIG partitions of a GPU follow in indented lines.
     nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true
   fi
 }
 
 gpus=${GPUS:-$(count_gpus)}
 if ! [[ $gpus =~ ^[0-9]{1,3}$ ]]; then
-  echo "error: GPUS=$gpus is no number of GPUs; say e.g. GPUS=2, or nothing for all" >&2
+  echo "error: GPUS=$gpus is not a number of GPUs; set e.g. GPUS=2, or unset it to use all" >&2
   exit 2
 fi
 
-# The user's own --resume wins; else a stopped run goes on and a new one begins.
+# An explicit --resume takes precedence; otherwise continue an existing run or start a new one.
 resume=(--resume auto)
 for argument in "$@"; do
   case $argument in --resume | --resume=*) resume=() ;; esac
@@ -40,7 +40,7 @@ fi
 if [ "$gpus" -le 1 ]; then
   exec segtrain train "${resume[@]}" "$@"
 fi
-# Without it every process would start a thread for each core of the machine.
+# Otherwise every process would start one thread per core of the machine.
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
   threads=$(($(nproc) / gpus))
   export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))

@@ -1,4 +1,4 @@
-"""Train, judge and use person/background segmentation networks."""
+"""Train, evaluate and run person/background segmentation networks."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`Predictor`, when somebody asks: the command line starts without numpy."""
+    """Import `Predictor` on first use, so that the command line starts without numpy."""
     if name == "Predictor":
         from segtrain.prediction.predictor import Predictor
 

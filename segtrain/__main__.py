@@ -1,6 +1,6 @@
-"""`python -m segtrain` is the console script `segtrain`."""
+"""Make `python -m segtrain` equivalent to the console script `segtrain`."""
 
-from segtrain.cli import main
+from segtrain.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,8 @@
-"""One file that rebuilds everything: save, load, verify, rebuild the network.
+"""Checkpoints: save, load, verify, and rebuild the network from one file.
 
-Checkpoints hold plain types and tensors only and are read with `weights_only=True`, never without.
-They come from strangers, so a file is measured before it is unpacked, and a sha256 over the content
-catches the flipped bit that torch would load without a word.
+A checkpoint holds plain types and tensors only and is always read with `weights_only=True`. Its
+file is untrusted input, so its sizes are checked before it is unpacked. A sha256 over the content
+detects flipped bits, which torch would load silently.
 """
 
 import hashlib
@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segtrain.classes import CLASSES
-from segtrain.config import Config, config_from_tree, tree_from_config
+from segtrain.config.resolve import config_from_dict, config_to_dict
+from segtrain.config.schema import Config
 from segtrain.errors import CheckpointError, DivergedError, UsageError
-from segtrain.files import atomic_write
 from segtrain.models import build_model
+from segtrain.runtime.files import atomic_write
+from segtrain.types import CLASSES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _FIELD_TYPES = {
     "config": dict,
@@ -37,25 +38,26 @@ _FIELD_TYPES = {
     "training": dict,
     "data": dict,
 }
-# All that our own files name. torch's safe unpickler allows more, e.g. a bytearray of any length.
-_SAFE_NAMES = re.compile(
+# The only globals in our own files. torch's safe unpickler allows more, e.g. a bytearray of any
+# length.
+_SAFE_GLOBALS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"
 )
-_DEEPEST = 100
+_MAX_DEPTH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a file holds.
+    """The content of a checkpoint file.
 
-    config: the resolved configuration of the run, which names the network and its arguments.
+    config: resolved configuration of the run, including the network and its arguments.
     weights: state dict of the network, contiguous tensors on the CPU.
     epoch, global_step: epochs and optimizer steps done.
     metrics: validation metrics of this epoch by their log names.
+    training: state that only resuming needs (optimizer, scaler, EMA, counters, best so far); empty
+        in `best.pt`.
     data: hashes of the training and validation selections, and the identities of the training
-        pictures (int64), so that evaluation knows them again.
-    training: what only resuming needs (optimizer, scaler, random states, best so far); empty in
-        `best.pt`.
+        images (int64), by which evaluation recognizes them.
     """
 
     config: Config
@@ -67,79 +69,79 @@ class Checkpoint:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint, *, keep_as: Path | None = None) -> None:
-    """Write `checkpoint` so that a kill at any moment leaves the old file or the new one, whole.
+def save_checkpoint(path: Path, checkpoint: Checkpoint, *, backup: Path | None = None) -> None:
+    """Write `checkpoint` atomically: a kill at any moment leaves the old or the new file, complete.
 
     Args:
-        keep_as: what stood at `path` before stays there, in the same folder.
+        backup: path in the same folder to which the previous file at `path` is moved.
 
     Raises:
-        ResourceError: the disk is full or not writable; what stood at `path` is untouched.
-        DivergedError: a weight or the optimizer's state is NaN or infinite; it would replace a
-            good file by one that loading refuses, so nothing is written.
+        ResourceError: the disk is full or not writable; `path` is untouched.
+        DivergedError: a weight or the optimizer state is NaN or infinite. It would replace a good
+            file with one that loading refuses, so nothing is written.
     """
     content = {
         "format_version": FORMAT_VERSION,
         "classes": CLASSES,
         **{key: value for key, value in vars(checkpoint).items() if key != "config"},
-        "config": tree_from_config(checkpoint.config),
+        "config": config_to_dict(checkpoint.config),
     }
     content = _plain(content)
     if not _all_finite(content):
         raise DivergedError(
-            f"the network or its optimizer became NaN or infinite, so {path} is kept as it was; "
-            "--resume with a lower --lr or --precision fp32"
+            f"the network or its optimizer became NaN or infinite, {path} is unchanged",
+            "--resume with a lower --lr or --precision fp32",
         )
     content["sha256"] = _digest(content)
-    # Packed in memory first: torch turns the disk's own error into one of its archive.
-    packed = io.BytesIO()
-    torch.save(content, packed)
-    with atomic_write(path, keep_as=keep_as, needs=packed.getbuffer().nbytes) as file:
-        file.write(packed.getbuffer())
+    # Serialize in memory first: torch reports a disk error as an error of its archive.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(path, backup=backup, needs=buffer.getbuffer().nbytes) as file:
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify a checkpoint; nothing in it is ever executed.
+    """Read and verify a checkpoint. Nothing in the file is executed.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of another format, or not a checkpoint.
+        CheckpointError: the file is missing, damaged, of another format version, or not a
+            checkpoint.
     """
     content = _read(path)
     version = content.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint format {version!r}, this segtrain reads {FORMAT_VERSION}; "
-            "use the version that wrote it"
+            f"{path} has checkpoint format {version!r}, this segtrain reads {FORMAT_VERSION}",
+            "use the segtrain version that wrote it or train again",
         )
     digest = content.pop("sha256", None)
     _check_content(content, path)
     if digest != _digest(content):
-        raise CheckpointError(f"{path} is damaged: its sha256 does not match; use another copy")
-    content.setdefault("data", {})  # files of earlier versions do not say
+        raise CheckpointError(f"{path} is damaged: its sha256 does not match", "use another copy")
     try:
         for key, kind in _FIELD_TYPES.items():
             if not isinstance(content[key], kind):
-                raise TypeError(f"{key} has a wrong type")
+                raise TypeError(f"{key} has the wrong type")
         return Checkpoint(
-            config=config_from_tree(content["config"]),
+            config=config_from_dict(content["config"]),
             **{key: content[key] for key in Checkpoint.__dataclass_fields__ if key != "config"},
         )
     except (KeyError, TypeError, AttributeError, UsageError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of segtrain: {error}") from None
+        raise CheckpointError(f"{path} is not a segtrain checkpoint: {error}") from None
 
 
 def restore_model(checkpoint: Checkpoint, path: Path) -> nn.Module:
-    """The network with its weights, in evaluation mode on the CPU.
+    """Rebuild the network with its weights, in evaluation mode on the CPU.
 
     Args:
-        path: named in errors only.
+        path: used in error messages only.
 
     Raises:
-        CheckpointError: the weights do not fit the network that the configuration names.
+        CheckpointError: the weights do not fit the network of the configuration.
     """
     config = checkpoint.config.model
     try:
-        # On the meta device a hostile width costs no memory: shapes are compared first.
+        # On the meta device a hostile width takes no memory: shapes are compared first.
         with torch.device("meta"):
             model = build_model(config.name, len(CLASSES), **config.kwargs)
         dtypes = {key: value.dtype for key, value in model.state_dict().items()}
@@ -148,7 +150,7 @@ def restore_model(checkpoint: Checkpoint, path: Path) -> nn.Module:
             if value.dtype != dtypes[key]:
                 raise TypeError(f"{key} is {value.dtype}, not {dtypes[key]}")
     except (UsageError, RuntimeError, TypeError) as error:
-        # torch names the first key that does not fit in the second line.
+        # The second line of torch's message names the first key that does not fit.
         reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise CheckpointError(
             f"{path}: the weights do not fit model {config.name}: {reason}"
@@ -158,38 +160,40 @@ def restore_model(checkpoint: Checkpoint, path: Path) -> nn.Module:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}; train one or name another")
+        raise CheckpointError(f"{path}: no such checkpoint", "train one or give another path")
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
             pickles = [name for name in archive.namelist() if name.lower().endswith(".pkl")]
-            # torch stores tensors uncompressed: a file that unpacks to more than itself is a bomb.
+            # torch stores tensors uncompressed: a file that unpacks to more is a zip bomb.
             if unpacked > path.stat().st_size:
-                raise CheckpointError(f"{path} unpacks to more than its size; it is no checkpoint")
+                raise CheckpointError(f"{path} unpacks to more than its size", "do not use it")
             if len(pickles) != 1:
-                raise CheckpointError(f"{path} holds not exactly one pickle; it is no checkpoint")
+                raise CheckpointError(
+                    f"{path} holds {len(pickles)} pickles, not 1", "do not use it"
+                )
             _check_pickle(archive.read(pickles[0]))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        # torch's own message recommends reading it unsafely; ours does not.
+        # torch's own message explains how to load the file unsafely; ours does not.
         raise CheckpointError(
-            f"{path} holds more than tensors and numbers or is damaged; nothing in it was run; "
-            "use another copy"
+            f"{path} is damaged or holds more than tensors and numbers, nothing in it was run",
+            "use another copy",
         ) from error
     except Exception as error:  # damaged files raise OSError, EOFError, KeyError, RuntimeError ...
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path} is damaged or no checkpoint; use another copy ({first_line})"
+            f"{path} is damaged or not a checkpoint ({first_line})", "use another copy"
         ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no checkpoint of segtrain")
+        raise CheckpointError(f"{path} is not a segtrain checkpoint")
     return content
 
 
 def _plain(value: Any) -> Any:
-    """A copy in plain types, with tensors contiguous on the CPU and sharing no memory."""
+    """Copy into plain types; tensors become contiguous, on the CPU, and share no memory."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, Mapping):
@@ -198,7 +202,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{type(value).__name__} does not belong in a checkpoint")
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 
 
 def _all_finite(value: Any) -> bool:
@@ -211,48 +215,48 @@ def _all_finite(value: Any) -> bool:
 
 def _is_finite(tensor: Tensor) -> bool:
     if tensor.dtype == torch.float32 and tensor.numel() > 0:
-        # A tenth of isfinite's time, which makes several copies; NaN becomes both extremes.
+        # Ten times as fast as isfinite, which makes several copies. NaN becomes both extremes.
         return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
     return bool(tensor.isfinite().all())
 
 
 def _check_pickle(data: bytes) -> None:
-    """Look at the instructions without following them."""
+    """Check the globals that the opcodes name, without executing any."""
     for opcode, argument, _ in pickletools.genops(data):
-        named = opcode.name in {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
-        if named and not _SAFE_NAMES.fullmatch(str(argument)):
+        names_global = opcode.name in {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
+        if names_global and not _SAFE_GLOBALS.fullmatch(str(argument)):
             raise pickle.UnpicklingError(f"names {argument}")
 
 
 def _check_content(content: dict[Any, Any], path: Path) -> None:
-    """Refuse what `save_checkpoint` never writes, before anything walks over or adds up more.
+    """Refuse content that `save_checkpoint` never writes, before any other code traverses it.
 
-    Every container stands in one place and every tensor has bytes of its own, so a file can promise
-    neither more items nor more numbers than it holds.
+    Every container must occur only once and every tensor must have its own bytes, so a file cannot
+    claim more items or more numbers than it holds.
     """
     bytes_left = path.stat().st_size
     seen = set()
-    waiting: list[tuple[Any, int]] = [(content, 0)]
-    while waiting:
-        value, depth = waiting.pop()
+    stack: list[tuple[Any, int]] = [(content, 0)]
+    while stack:
+        value, depth = stack.pop()
         if isinstance(value, Tensor):
             bytes_left -= value.numel() * value.element_size()
             if bytes_left < 0 or not value.is_contiguous() or value.is_conj() or value.is_neg():
-                raise CheckpointError(f"{path} holds a tensor with a false shape; do not use it")
+                raise CheckpointError(f"{path} holds a tensor with a false shape", "do not use it")
             if not _is_finite(value):
-                raise CheckpointError(f"{path} holds NaN or infinite numbers; use an earlier one")
+                raise CheckpointError(f"{path} holds NaN or infinite numbers", "use an earlier one")
         elif isinstance(value, dict | list):
-            if id(value) in seen or depth > _DEEPEST:
-                raise CheckpointError(f"{path} holds lists within themselves; do not use it")
+            if id(value) in seen or depth > _MAX_DEPTH:
+                raise CheckpointError(f"{path} holds cyclic or shared lists", "do not use it")
             seen.add(id(value))
             items = value.values() if isinstance(value, dict) else value
-            waiting.extend((item, depth + 1) for item in items)
+            stack.extend((item, depth + 1) for item in items)
         elif not (value is None or isinstance(value, bool | int | float | str)):
-            raise CheckpointError(f"{path} holds a {type(value).__name__}; do not use it")
+            raise CheckpointError(f"{path} holds a {type(value).__name__}", "do not use it")
 
 
 def _digest(content: Any) -> str:
-    """sha256 over structure, numbers and tensor bytes, independent of how torch packs them."""
+    """sha256 over structure, numbers and tensor bytes, independent of torch's file format."""
     sha = hashlib.sha256()
 
     def update(value: Any) -> None:

@@ -1,13 +1,10 @@
-"""What a user can cause. Each error is one line for stderr and one exit code for the shell script.
-
-The message says what went wrong, names the file and says what to do about it.
-"""
+"""Errors that a user can cause: one line on stderr and an exit code for scripts."""
 
 from typing import ClassVar
 
-# torch, cv2 and CUDA each have words of their own for it, and not always a class. The last four are
-# cuDNN's and cuBLAS's when the GPU has no room for their workspace or for themselves.
-_NO_MEMORY = (
+# torch, cv2 and CUDA use different wordings and do not always have a class for it. The last four
+# come from cuDNN and cuBLAS when the GPU has no room for their workspace or their handles.
+_OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",
     "out of memory",
     "insufficient memory",
@@ -18,43 +15,52 @@ _NO_MEMORY = (
 )
 
 
-def says_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, of a device or of the machine."""
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in _NO_MEMORY)
+def is_memory_error(error: BaseException) -> bool:
+    """Whether an error means that the device or the machine is out of memory."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or any(text in message for text in _OUT_OF_MEMORY_TEXTS)
 
 
 class UserError(Exception):
-    """Base of every error that ends in one `error:` line and no traceback."""
+    """Base class of errors that are reported in one `error:` line without a traceback.
+
+    Args:
+        message: what went wrong, and with which file.
+        hint: what to do about it.
+    """
 
     exit_code: ClassVar[int]
 
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message}; {hint}" if hint else message)
+
 
 class UsageError(UserError):
-    """The command line or the configuration asks for something that does not exist."""
+    """The command line or the configuration is wrong."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """A data set, an annotation or a picture cannot be used."""
+    """A data set, an annotation or an image cannot be used."""
 
     exit_code = 3
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, unsafe or of another network."""
+    """A checkpoint is missing, damaged or unsafe, or belongs to another network."""
 
     exit_code = 4
 
 
 class ResourceError(UserError):
-    """The disk, the memory or a worker process gave out."""
+    """The disk, the memory or a worker process failed."""
 
     exit_code = 5
 
 
 class DivergedError(UserError):
-    """The loss is no longer a finite number."""
+    """The loss is no longer finite."""
 
     exit_code = 6
 

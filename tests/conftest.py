@@ -1,50 +1,25 @@
-"""What several test files share."""
+"""Fixtures shared by several test files."""
 
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from coco_fixtures import make_toy_coco
-from export_cases import write_checkpoint
+from helpers.coco import make_toy_coco
+from helpers.command import TOY_TRAINING, Command, Finished
+from helpers.export import write_checkpoint
 
-from segtrain.cli import run
+from segtrain.cli.main import run
 
-# Read when triton is imported. Without a GPU its kernels are interpreted (test_dense_layer_triton).
+# triton reads it on import. Without a GPU its kernels are interpreted (test_dense_layer_triton).
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-
-# A network and a run small enough to train in a second or two.
-TOY_TRAINING = (
-    *("--set", "model.base_channels=4", "--set", "model.depth=2", "--set", "optim.warmup_steps=5"),
-    *("--image-size", "48", "--batch-size", "4", "--workers", "0", "--precision", "fp32"),
-    *("--device", "cpu"),
-)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A command line that has run."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error_lines(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("error:")]
-
-
-Command = Callable[..., Finished]
 
 
 @pytest.fixture
 def segtrain(capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs `segtrain ARGUMENTS` in this process."""
+    """Run `segtrain ARGUMENTS` in this process."""
 
     def command(*arguments: str | Path) -> Finished:
         capfd.readouterr()
@@ -72,7 +47,7 @@ def trained_run(toy_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def exported_unet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A small U-Net as a checkpoint and as the .onnx that `segtrain export` makes of it."""
+    """A small U-Net as a checkpoint, and its `segtrain export` to ONNX."""
     folder = tmp_path_factory.mktemp("exported")
     checkpoint = write_checkpoint(folder / "unet.pt", "model.base_channels=4", "model.depth=2")
     onnx = folder / "unet.onnx"
@@ -81,19 +56,18 @@ def exported_unet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 
 @pytest.fixture(autouse=True)
-def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the user's data, checkpoints, cache or runs."""
+def _isolated_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the user's data, checkpoints, cache and runs, and signals received in other tests."""
     for name in ("SEGTRAIN_DATA", "SEGTRAIN_CHECKPOINT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SEGTRAIN_CACHE", str(tmp_path / "cache"))
-    # Nor a signal that another one has sent.
-    monkeypatch.setattr("segtrain.stopping._received", [])
+    monkeypatch.setattr("segtrain.runtime.signals._received", [])
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)
-def _own_float32() -> Iterator[None]:
-    """Training sets these switches for good; no test computes in the precision of another."""
+def _restore_float32_precision() -> Iterator[None]:
+    """Training sets these switches permanently; restore them for the next test."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
@@ -101,36 +75,22 @@ def _own_float32() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For files with such small pictures that threads would mostly wait for each other."""
+    """For files whose images are so small that threads would mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Within, whatever waits for the GPU raises."""
-    with warnings.catch_warnings():
-        # As an exception it would come when the mode is set, and leave it so for all other tests.
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For files with many toy runs, most of whose seconds go into drawing their curves."""
-    monkeypatch.setattr("segtrain.training.outputs.write_curves", lambda path, history: None)
+    """For files with many toy runs, which would spend most of their time on plots."""
+    monkeypatch.setattr("segtrain.training.reporting.write_curves", lambda path, history: None)
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Real people, where a checkout has them beside it: never part of the project."""
+    """Images of real people beside the checkout, if any; they are not part of the project."""
     path = Path(__file__).parents[2] / "shared" / "data"
     path = Path(os.environ.get("SEGTRAIN_REAL_DATA", path))
     if not path.is_dir():

@@ -1,4 +1,4 @@
-"""The rooms and who may import whom, held over the syntax trees."""
+"""Import rules between the layers of the package, checked on the syntax trees."""
 
 import ast
 import subprocess
@@ -9,31 +9,33 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "segtrain"
 
-# Bottom to top. A module may import from its own storey's folder and from every lower storey.
-STOREYS = [
-    {"errors", "classes", "stopping", "cores", "rgb"},
-    {"config", "files", "progress", "tiles", "extras"},
-    {"images", "devices", "runs", "locking", "distributed", "pieces", "asking"},
-    {"data", "models", "overview", "sheets"},
-    {"checkpoint"},
-    {"evaluation"},
-    {"training", "prediction"},
-    {"doctor", "export"},
+# Bottom to top. A module may import from its own part and from every lower layer.
+LAYERS = [
+    {"types", "errors"},
+    {"config"},
+    {"runtime"},
+    {"imaging", "runs"},
+    {"data", "models"},
+    {"checkpoint", "demo"},
+    {"inference"},
+    {"evaluation", "prediction"},
+    {"training", "export"},
+    {"doctor"},
     {"cli"},
-    # The face of the package imports what it offers only when that is asked for.
-    {"__init__", "__main__", "launch"},
+    # The package itself imports its public names lazily.
+    {"__init__", "__main__"},
 ]
-STOREY = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
+LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0].removesuffix(".py")
+def part_of(path: Path) -> str:
+    """The folder or module of the package that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Dotted names of everything a file imports, wherever in the file."""
+    """Dotted names of all imports in a file, at any level."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -45,22 +47,22 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-def imported_rooms(path: Path) -> set[str]:
-    parts = [name.split(".") for name in imported_modules(path)]
-    found = {p[1] for p in parts if p[0] == "segtrain" and len(p) > 1}
-    return {name for name in found if name in STOREY}
+def imported_parts(path: Path) -> set[str]:
+    names = [name.split(".") for name in imported_modules(path)]
+    parts = {name[1] for name in names if name[0] == "segtrain" and len(name) > 1}
+    return parts & LEVELS.keys()
 
 
-def test_every_module_has_a_storey() -> None:
-    assert {room(path) for path in MODULES} <= STOREY.keys()
+def test_every_module_has_a_layer() -> None:
+    assert {part_of(path) for path in MODULES} <= LEVELS.keys()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
-    own = room(path)
+    part = part_of(path)
 
-    for other in imported_rooms(path) - {own}:
-        assert STOREY[other] < STOREY[own], f"{own} must not import {other}"
+    for other in imported_parts(path) - {part}:
+        assert LEVELS[other] < LEVELS[part], f"{part} must not import {other}"
 
 
 def test_only_transforms_imports_albumentations() -> None:
@@ -73,16 +75,16 @@ def test_only_transforms_imports_albumentations() -> None:
     assert importers == {"data/transforms.py"}
 
 
-def test_config_knows_no_torch() -> None:
-    names = imported_modules(PACKAGE / "config.py")
+def test_the_schema_does_not_import_torch() -> None:
+    names = imported_modules(PACKAGE / "config" / "schema.py")
 
     assert not any(name.split(".")[0] == "torch" for name in names)
 
 
-def test_engine_sees_no_config_no_files_no_loggers() -> None:
-    path = PACKAGE / "training" / "engine.py"
+def test_the_training_step_imports_no_config_files_or_loggers() -> None:
+    path = PACKAGE / "training" / "step.py"
 
-    assert imported_rooms(path) <= {"classes", "devices", "pieces", "training"}
+    assert imported_parts(path) <= {"types", "runtime", "training"}
     assert {name for name in imported_modules(path) if name.startswith("segtrain.training")} <= {
         "segtrain.training.losses",
         "segtrain.training.losses.LossFn",
@@ -91,46 +93,46 @@ def test_engine_sees_no_config_no_files_no_loggers() -> None:
     }
 
 
-def test_there_is_no_utils_and_no_star_import() -> None:
+def test_no_module_is_named_utils_and_no_import_is_a_star() -> None:
     for path in MODULES:
         assert path.name != "utils.py"
         assert not any(name.endswith(".*") for name in imported_modules(path))
 
 
 HEAVY = {"torch", "albumentations", "matplotlib"}
-PICTURES = {"numpy", "cv2", "PIL"}
+IMAGE_LIBRARIES = {"numpy", "cv2", "PIL"}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "unwanted"),
+    ("arguments", "forbidden"),
     [
-        (["--help"], HEAVY | PICTURES),
-        (["train", "--help"], HEAVY | PICTURES),
-        (["train", "--nonsense"], HEAVY | PICTURES),
-        (["train", "--config", "nope.yaml"], HEAVY | PICTURES),
-        (["train", "--set", "optim.lrr=1"], HEAVY | PICTURES),
-        (["eval", "--split", "test"], HEAVY | PICTURES),
+        (["--help"], HEAVY | IMAGE_LIBRARIES),
+        (["train", "--help"], HEAVY | IMAGE_LIBRARIES),
+        (["train", "--nonsense"], HEAVY | IMAGE_LIBRARIES),
+        (["train", "--config", "nope.yaml"], HEAVY | IMAGE_LIBRARIES),
+        (["train", "--set", "optim.lrr=1"], HEAVY | IMAGE_LIBRARIES),
+        (["eval", "--split", "test"], HEAVY | IMAGE_LIBRARIES),
         (["predict", "nope.jpg"], HEAVY),
-        (["export", "--precision", "int8", "--format", "torch"], HEAVY | PICTURES),
-        (["export", "--checkpoint", "nope.pt"], HEAVY | PICTURES),
-        (["prepare", "a", "b", "--set", "data.x=1"], HEAVY | PICTURES),
+        (["export", "--precision", "int8", "--format", "torch"], HEAVY | IMAGE_LIBRARIES),
+        (["export", "--checkpoint", "nope.pt"], HEAVY | IMAGE_LIBRARIES),
+        (["prepare", "a", "b", "--set", "data.x=1"], HEAVY | IMAGE_LIBRARIES),
         (["prepare", "nowhere", "b"], HEAVY),
-        (["runs"], HEAVY | PICTURES),
-        (["runs", "."], HEAVY | PICTURES),
-        (["runs", "--compare", "a", "b"], HEAVY | PICTURES),
-        (["doctor", "--help"], HEAVY | PICTURES),
-        (["doctor", "--set", "data.x=1"], HEAVY | PICTURES),
+        (["runs"], HEAVY | IMAGE_LIBRARIES),
+        (["runs", "."], HEAVY | IMAGE_LIBRARIES),
+        (["runs", "--compare", "a", "b"], HEAVY | IMAGE_LIBRARIES),
+        (["doctor", "--help"], HEAVY | IMAGE_LIBRARIES),
+        (["doctor", "--set", "data.x=1"], HEAVY | IMAGE_LIBRARIES),
     ],
 )
 def test_help_and_usage_errors_import_no_heavy_library(
-    arguments: list[str], unwanted: set[str]
+    arguments: list[str], forbidden: set[str]
 ) -> None:
     script = (
         "import sys\n"
-        "from segtrain.cli import run\n"
+        "from segtrain.cli.main import run\n"
         f"run({arguments!r})\n"
-        f"heavy = {unwanted!r}\n"
-        "sys.exit(f'imported: {heavy & sys.modules.keys()}' if heavy & sys.modules.keys() else 0)\n"
+        f"imported = {forbidden!r} & sys.modules.keys()\n"
+        "sys.exit(f'imported: {imported}' if imported else 0)\n"
     )
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, whole or not at all, and hostile files do no harm."""
+"""Checkpoints: round trips, kills and full disks while saving, damaged and hostile files."""
 
 import hashlib
 import itertools
@@ -28,18 +28,18 @@ from segtrain.checkpoint import (
     restore_model,
     save_checkpoint,
 )
-from segtrain.config import Config, ModelConfig, OptimConfig
+from segtrain.config.schema import Config, ModelConfig, OptimConfig
 from segtrain.errors import CheckpointError, DivergedError, ResourceError
 from segtrain.models import build_model
 
-SLIM = {"base_channels": 2, "depth": 1}
+SMALL_UNET = {"base_channels": 2, "depth": 1}
 
 
-def slim_checkpoint(**fields: Any) -> Checkpoint:
+def small_checkpoint(**fields: Any) -> Checkpoint:
     torch.manual_seed(0)
     values: dict[str, Any] = {
-        "config": Config(model=ModelConfig(kwargs=SLIM), optim=OptimConfig(lr=0.25)),
-        "weights": build_model("unet", **SLIM).state_dict(),
+        "config": Config(model=ModelConfig(kwargs=SMALL_UNET), optim=OptimConfig(lr=0.25)),
+        "weights": build_model("unet", **SMALL_UNET).state_dict(),
         "epoch": 3,
         "global_step": 17,
         "metrics": {"val/person_iou": 0.75},
@@ -54,7 +54,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def run_python(code: str, *arguments: object) -> str:
-    """Run `code` in a fresh interpreter that finds the same packages; returns its stdout."""
+    """Run `code` in a new interpreter with the same packages and return its stdout."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -81,14 +81,14 @@ def assert_same(loaded: Checkpoint, saved: Checkpoint) -> None:
 # --- Round trip ---------------------------------------------------------------------------------
 
 
-def test_what_is_saved_comes_back(path: Path) -> None:
-    saved = slim_checkpoint()
+def test_a_saved_checkpoint_loads_equal(path: Path) -> None:
+    saved = small_checkpoint()
     save_checkpoint(path, saved)
     assert_same(load_checkpoint(path), saved)
     assert list(path.parent.iterdir()) == [path]
 
 
-LOAD_ELSEWHERE = """
+LOAD_IN_NEW_PROCESS = """
 import hashlib, json, sys
 from pathlib import Path
 import torch
@@ -106,38 +106,38 @@ print(json.dumps({"shas": shas, "logits": logits.flatten().tolist(),
 """
 
 
-def test_a_fresh_process_rebuilds_the_network_from_the_file_alone(path: Path) -> None:
+def test_a_new_process_rebuilds_the_network_from_the_file_alone(path: Path) -> None:
     torch.manual_seed(8)
-    model = build_model("unet", **SLIM)
+    model = build_model("unet", **SMALL_UNET)
     image = (torch.arange(2 * 3 * 9 * 11) % 256).to(torch.uint8).view(2, 3, 9, 11)
-    model(image)  # moves batch norm's buffers away from those of a new network
-    save_checkpoint(path, slim_checkpoint(weights=model.state_dict()))
+    model(image)  # changes the batch-norm buffers from their initial values
+    save_checkpoint(path, small_checkpoint(weights=model.state_dict()))
     with torch.inference_mode():
         logits = model.eval()(image).flatten().tolist()
 
-    elsewhere = json.loads(run_python(LOAD_ELSEWHERE, path))
-    assert elsewhere["shas"] == {
+    loaded = json.loads(run_python(LOAD_IN_NEW_PROCESS, path))
+    assert loaded["shas"] == {
         key: hashlib.sha256(value.numpy().tobytes()).hexdigest()
         for key, value in model.state_dict().items()
     }
-    assert elsewhere["logits"] == pytest.approx(logits, rel=1e-6, abs=1e-6)
-    assert elsewhere["lr"] == 0.25
-    assert elsewhere["training"] is False
+    assert loaded["logits"] == pytest.approx(logits, rel=1e-6, abs=1e-6)
+    assert loaded["lr"] == 0.25
+    assert loaded["training"] is False
 
 
 def test_the_file_is_readable_by_plain_torch_without_segtrain(path: Path) -> None:
-    saved = slim_checkpoint()
+    saved = small_checkpoint()
     save_checkpoint(path, saved)
     content = torch.load(path, weights_only=True)
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2
     assert content["classes"] == ["background", "person"]
-    assert content["config"]["model"] == {"name": "unet", **SLIM}
+    assert content["config"]["model"] == {"name": "unet", **SMALL_UNET}
     torch.testing.assert_close(content["weights"], dict(saved.weights), rtol=0, atol=0)
 
 
 def test_a_restored_network_does_not_share_memory_with_the_saved_one(path: Path) -> None:
-    model = build_model("unet", **SLIM)
-    save_checkpoint(path, slim_checkpoint(weights=model.state_dict()))
+    model = build_model("unet", **SMALL_UNET)
+    save_checkpoint(path, small_checkpoint(weights=model.state_dict()))
     restored = restore_model(load_checkpoint(path), path)
     before = model.head.weight.clone()
     with torch.no_grad():
@@ -147,10 +147,10 @@ def test_a_restored_network_does_not_share_memory_with_the_saved_one(path: Path)
     assert all(parameter.requires_grad for parameter in restored.parameters())
 
 
-def test_views_are_saved_as_their_own_values_only(path: Path) -> None:
-    """A row of a large matrix must not carry the matrix along."""
+def test_views_are_saved_without_their_base(path: Path) -> None:
+    """Saving a row of a large matrix must not save the matrix."""
     matrix = torch.arange(4_000_000.0).view(2, -1)
-    save_checkpoint(path, slim_checkpoint(training={"row": matrix[1, :4], "t": matrix[:, :2].t()}))
+    save_checkpoint(path, small_checkpoint(training={"row": matrix[1, :4], "t": matrix[:, :2].t()}))
     assert path.stat().st_size < 100_000
     training = load_checkpoint(path).training
     assert training["row"].tolist() == [2_000_000, 2_000_001, 2_000_002, 2_000_003]
@@ -158,29 +158,29 @@ def test_views_are_saved_as_their_own_values_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [object(), Path("x"), {1, 2}, b"bytes"])
-def test_only_plain_types_can_be_saved_and_a_refusal_keeps_the_old_file(
+def test_other_than_plain_types_are_refused_and_the_old_file_is_kept(
     path: Path, value: object
 ) -> None:
-    save_checkpoint(path, slim_checkpoint())
+    save_checkpoint(path, small_checkpoint())
     before = sha256_of(path)
-    with pytest.raises(TypeError, match="does not belong in a checkpoint"):
-        save_checkpoint(path, slim_checkpoint(training={"value": value}))
+    with pytest.raises(TypeError, match="a checkpoint cannot hold"):
+        save_checkpoint(path, small_checkpoint(training={"value": value}))
     assert sha256_of(path) == before
     assert list(path.parent.iterdir()) == [path]
 
 
 # --- Killed while saving ------------------------------------------------------------------------
 
-# One process imports torch once; each round forks a saver and kills it: by turns after a random
-# delay, which may hit anything, and in the middle of a save, which delays alone may never hit.
+# One process imports torch once. Each round forks a saver and kills it, alternately after a random
+# delay and in the middle of a save, which random delays may never hit.
 KILLED_WHILE_SAVING = """
 import itertools, json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from segtrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from segtrain.config import Config
+from segtrain.config.schema import Config
 
-torch.set_num_threads(1)  # a fork has no thread but its own to wait for
+torch.set_num_threads(1)  # a fork would wait for threads that only its parent has
 path, rounds = Path(sys.argv[1]), int(sys.argv[2])
 
 def checkpoint(step):
@@ -190,7 +190,7 @@ def checkpoint(step):
 def others():
     return [other for other in path.parent.iterdir() if other != path]
 
-# Lets it save once or more and stops it when it is saving again.
+# Waits for at least one save and stops the process during a later one.
 def stop_in_the_middle(pid, before):
     while True:
         time.sleep(0.0005)
@@ -198,36 +198,36 @@ def stop_in_the_middle(pid, before):
             continue
         os.kill(pid, signal.SIGSTOP)
         os.waitpid(pid, os.WUNTRACED)
-        if others():  # it had not just come to the end
+        if others():  # it had not just finished
             return
         os.kill(pid, signal.SIGCONT)
 
 save_checkpoint(path, checkpoint(0))
-step, delays = 0, random.Random(sys.argv[3])
+step, rng = 0, random.Random(sys.argv[3])
 for number in range(rounds):
-    before, aimed = path.stat().st_mtime_ns, number % 2 == 1
+    before, in_save = path.stat().st_mtime_ns, number % 2 == 1
     pid = os.fork()
     if pid == 0:
         for later in itertools.count(step + 1):
             save_checkpoint(path, checkpoint(later))
-    if aimed:
+    if in_save:
         stop_in_the_middle(pid, before)
     else:
-        time.sleep(delays.uniform(0.0, 0.2))
+        time.sleep(rng.uniform(0.0, 0.2))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    stale = others()
-    for other in stale:
+    temp_files = others()
+    for other in temp_files:
         other.unlink()
     try:
         loaded = load_checkpoint(path)
-        whole = (bool((loaded.weights["a"] == loaded.global_step).all())
+        valid = (bool((loaded.weights["a"] == loaded.global_step).all())
                  and bool((loaded.weights["b"] == -loaded.global_step).all()))
-        print(json.dumps({"whole": whole, "from": step, "to": loaded.global_step,
-                          "aimed": aimed, "stale": len(stale)}))
+        print(json.dumps({"valid": valid, "from": step, "to": loaded.global_step,
+                          "in_save": in_save, "num_temp_files": len(temp_files)}))
         step = loaded.global_step
     except Exception as error:
-        print(json.dumps({"whole": False, "error": repr(error)}))
+        print(json.dumps({"valid": False, "error": repr(error)}))
         save_checkpoint(path, checkpoint(step))
 """
 
@@ -236,32 +236,34 @@ def kill_while_saving(path: Path, rounds: int) -> None:
     lines = run_python(KILLED_WHILE_SAVING, path, rounds, "delays").splitlines()
     outcomes = [json.loads(line) for line in lines]
     assert len(outcomes) == rounds
-    assert [outcome for outcome in outcomes if not outcome["whole"]] == []
+    assert [outcome for outcome in outcomes if not outcome["valid"]] == []
     assert all(outcome["to"] >= outcome["from"] for outcome in outcomes)
-    # Those savers did save and were hit in the middle of the next time: else nothing was tested.
-    aimed = [outcome for outcome in outcomes if outcome["aimed"]]
-    assert len(aimed) == rounds // 2
-    assert all(outcome["stale"] == 1 and outcome["to"] > outcome["from"] for outcome in aimed)
+    # These processes saved once and were killed during a later save, or nothing is tested.
+    in_save = [outcome for outcome in outcomes if outcome["in_save"]]
+    assert len(in_save) == rounds // 2
+    for outcome in in_save:
+        assert outcome["num_temp_files"] == 1
+        assert outcome["to"] > outcome["from"]
 
 
-def test_a_kill_while_saving_leaves_a_whole_file(path: Path) -> None:
+def test_a_kill_while_saving_leaves_a_valid_file(path: Path) -> None:
     kill_while_saving(path, rounds=12)
 
 
 @pytest.mark.slow
-def test_forty_kills_while_saving_leave_forty_whole_files(path: Path) -> None:
+def test_forty_kills_while_saving_leave_valid_files(path: Path) -> None:
     kill_while_saving(path, rounds=40)
 
 
 # --- A full disk --------------------------------------------------------------------------------
 
-# The disk fills up in the first tensor, in the last one, or (buffered) only at the end.
+# The disk is full in the first tensor, in the last one, or only at the end because of buffering.
 DISK_FULL = """
 import hashlib, json, resource, sys
 from pathlib import Path
 import torch
 from segtrain.checkpoint import Checkpoint, save_checkpoint
-from segtrain.config import Config
+from segtrain.config.schema import Config
 path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for num_values in (1_000_000, 7_000, 6_200):
@@ -277,8 +279,8 @@ for num_values in (1_000_000, 7_000, 6_200):
 """
 
 
-def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(path: Path) -> None:
-    save_checkpoint(path, slim_checkpoint())
+def test_a_full_disk_keeps_only_the_old_file(path: Path) -> None:
+    save_checkpoint(path, small_checkpoint())
     before = sha256_of(path)
     outcomes = [json.loads(line) for line in run_python(DISK_FULL, path).splitlines()]
     assert len(outcomes) == 3
@@ -289,17 +291,17 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(path: Path) -> None:
         assert "\n" not in message
 
 
-def test_a_folder_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_resource_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ResourceError, match="file"):
-        save_checkpoint(tmp_path / "file" / "checkpoints" / "last.pt", slim_checkpoint())
+        save_checkpoint(tmp_path / "file" / "checkpoints" / "last.pt", small_checkpoint())
 
 
 # --- Damaged files ------------------------------------------------------------------------------
 
 
 def assert_refused(path: Path) -> str:
-    """Loading `path` ends in one line that names it."""
+    """Assert that loading fails with one line that names `path`, and return it."""
     with pytest.raises(CheckpointError) as caught:
         restore_model(load_checkpoint(path), path)
     message = str(caught.value)
@@ -318,12 +320,12 @@ def assert_refused(path: Path) -> str:
         pytest.param(lambda data: bytes(len(data)), id="zeros"),
         pytest.param(lambda data: b"not a checkpoint\n" * 100, id="text"),
         pytest.param(lambda data: data[len(data) // 2 :], id="second half"),
-        pytest.param(lambda data: data[:4096] + data[8192:], id="a hole"),
-        pytest.param(lambda data: data[:4096] + bytes(4096) + data[8192:], id="a block of zeros"),
+        pytest.param(lambda data: data[:4096] + data[8192:], id="missing block"),
+        pytest.param(lambda data: data[:4096] + bytes(4096) + data[8192:], id="zeroed block"),
     ],
 )
 def test_a_damaged_file_is_refused(path: Path, damage: Callable[[bytes], bytes]) -> None:
-    save_checkpoint(path, slim_checkpoint())
+    save_checkpoint(path, small_checkpoint())
     path.write_bytes(damage(path.read_bytes()))
     assert_refused(path)
 
@@ -334,9 +336,9 @@ def test_a_missing_file_and_a_folder_are_refused(path: Path) -> None:
     assert_refused(path)
 
 
-def test_one_flipped_bit_anywhere_is_refused_or_changes_nothing(path: Path) -> None:
-    """Some bytes are padding of the zip archive; a flip there may pass, but only there."""
-    saved = slim_checkpoint()
+def test_a_flipped_bit_is_refused_or_changes_nothing(path: Path) -> None:
+    """Only a flip in the padding of the zip archive may pass."""
+    saved = small_checkpoint()
     save_checkpoint(path, saved)
     good = path.read_bytes()
     refused = 0
@@ -353,10 +355,10 @@ def test_one_flipped_bit_anywhere_is_refused_or_changes_nothing(path: Path) -> N
     assert refused > 0
 
 
-def test_one_flipped_bit_in_a_tensor_is_always_refused(path: Path) -> None:
-    """Torch itself can load such a file; each of 30 flips in a tensor's own bytes is caught."""
+def test_a_flipped_bit_in_a_tensor_is_always_refused(path: Path) -> None:
+    """torch loads such a file; each of 30 flips in the bytes of a tensor must be detected."""
     marked = torch.arange(1.0, 4097.0)
-    save_checkpoint(path, slim_checkpoint(training={"marked": marked}))
+    save_checkpoint(path, small_checkpoint(training={"marked": marked}))
     good = path.read_bytes()
     start = good.index(marked.numpy().tobytes())
     for bit in random.Random(10).sample(range(8 * 4 * 4096), 30):
@@ -369,7 +371,7 @@ def test_one_flipped_bit_in_a_tensor_is_always_refused(path: Path) -> None:
 def rewrite_archive(
     path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED
 ) -> None:
-    """Change members of the archive; unlike a flip on disk, its own checksums then fit again."""
+    """Change members of the archive and update its own checksums."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -377,10 +379,10 @@ def rewrite_archive(
             archive.writestr(name, change(name, data))
 
 
-def test_changed_content_is_refused_even_if_the_archive_is_in_order(path: Path) -> None:
-    save_checkpoint(path, slim_checkpoint())
+def test_changed_content_is_refused_even_in_a_valid_archive(path: Path) -> None:
+    save_checkpoint(path, small_checkpoint())
     rewrite_archive(path, lambda name, data: data)
-    load_checkpoint(path)  # so that it is the change below that is refused
+    load_checkpoint(path)  # the rewritten archive alone is accepted
 
     def flip_first_bit(name: str, data: bytes) -> bytes:
         return bytes([data[0] ^ 1]) + data[1:] if name.endswith("/data/0") else data
@@ -389,69 +391,72 @@ def test_changed_content_is_refused_even_if_the_archive_is_in_order(path: Path) 
     assert "sha256" in assert_refused(path)
 
 
-# --- Files that are something else --------------------------------------------------------------
+# --- Other files --------------------------------------------------------------------------------
 
 
-def good_content() -> dict[str, Any]:
-    checkpoint = slim_checkpoint()
+def valid_content() -> dict[str, Any]:
+    checkpoint = small_checkpoint()
     return {
-        "format_version": 1,
+        "format_version": 2,
         "classes": ["background", "person"],
         "weights": dict(checkpoint.weights),
         "epoch": 3,
         "global_step": 17,
         "metrics": {"val/person_iou": 0.75},
         "training": {},
-        "config": {"model": {"name": "unet", **SLIM}},
+        "data": {},
+        "config": {"model": {"name": "unet", **SMALL_UNET}},
     }
 
 
 def save_signed(path: Path, content: dict[Any, Any]) -> None:
-    """Save with a right checksum, as any forger can: the checksum must not be the only guard."""
+    """Save with a valid checksum, as an attacker can: it must not be the only protection."""
     torch.save({**content, "sha256": _digest(content)}, path)
 
 
-def changed(**changes: Any) -> dict[str, Any]:
-    return {**good_content(), **changes}
+def changed_content(**changes: Any) -> dict[str, Any]:
+    return {**valid_content(), **changes}
 
 
 def map_weights(change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    weights = good_content()["weights"]
+    weights = valid_content()["weights"]
     return {key: change(v) if v.is_floating_point() else v for key, v in weights.items()}
 
 
-def test_the_forged_content_below_is_good_where_it_is_not_changed(path: Path) -> None:
-    save_signed(path, good_content())
+def test_valid_content_is_accepted_content(path: Path) -> None:
+    save_signed(path, valid_content())
     restore_model(load_checkpoint(path), path)
 
 
 @pytest.mark.parametrize("content", [{}, {"weights": {}}, [], [1, 2], torch.ones(3), 5, "text"])
-def test_another_file_of_torch_is_refused(path: Path, content: object) -> None:
+def test_other_files_of_torch_are_refused(path: Path, content: object) -> None:
     torch.save(content, path)
     assert_refused(path)
 
 
 def test_a_bare_state_dict_is_refused(path: Path) -> None:
-    torch.save(build_model("unet", **SLIM).state_dict(), path)
+    torch.save(build_model("unet", **SMALL_UNET).state_dict(), path)
     assert_refused(path)
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1", torch.ones(3)], ids=str)
+@pytest.mark.parametrize("version", [0, 1, 3, None, "2", torch.ones(3)], ids=str)
 def test_another_format_version_is_refused(path: Path, version: object) -> None:
-    save_signed(path, changed(format_version=version))
-    assert "format" in assert_refused(path)
+    save_signed(path, changed_content(format_version=version))
+    message = assert_refused(path)
+    assert "checkpoint format" in message
+    assert message.endswith("; use the segtrain version that wrote it or train again")
 
 
-@pytest.mark.parametrize("key", [key for key in good_content() if key != "classes"])
+@pytest.mark.parametrize("key", [key for key in valid_content() if key != "classes"])
 def test_a_missing_key_is_refused(path: Path, key: str) -> None:
-    content = good_content()
+    content = valid_content()
     del content[key]
     save_signed(path, content)
     assert_refused(path)
 
 
 def test_a_missing_checksum_is_refused(path: Path) -> None:
-    torch.save(good_content(), path)
+    torch.save(valid_content(), path)
     assert "sha256" in assert_refused(path)
 
 
@@ -461,7 +466,7 @@ def test_a_missing_checksum_is_refused(path: Path) -> None:
         pytest.param({"weights": [1]}, id="weights are a list"),
         pytest.param({"weights": None}, id="weights are None"),
         pytest.param({"weights": {}}, id="no weights"),
-        pytest.param({"weights": dict.fromkeys(good_content()["weights"], 1)}, id="ints"),
+        pytest.param({"weights": dict.fromkeys(valid_content()["weights"], 1)}, id="ints"),
         pytest.param({"weights": map_weights(Tensor.double)}, id="float64 weights"),
         pytest.param({"weights": map_weights(Tensor.half)}, id="float16 weights"),
         pytest.param({"weights": map_weights(Tensor.long)}, id="integer weights"),
@@ -472,7 +477,7 @@ def test_a_missing_checksum_is_refused(path: Path) -> None:
         pytest.param({"config": {"model": {"name": "vnet"}}}, id="unknown model"),
         pytest.param({"config": {"model": {"name": "unet", "wide": 1}}}, id="unknown argument"),
         pytest.param({"config": {"model": {"name": "unet", "num_classes": 2}}}, id="num_classes"),
-        pytest.param({"config": {"model": {"name": "unet"}}}, id="weights of a slimmer model"),
+        pytest.param({"config": {"model": {"name": "unet"}}}, id="weights of a smaller model"),
         pytest.param({"config": {"model": {"name": "tiramisu"}}}, id="weights of another model"),
         pytest.param({"config": {"model": {"base_channels": 10**12}}}, id="a very wide model"),
         pytest.param({"config": {"model": {"base_channels": 10**30}}}, id="a wider model"),
@@ -483,61 +488,59 @@ def test_a_missing_checksum_is_refused(path: Path) -> None:
     ],
 )
 def test_a_forged_checkpoint_is_refused(path: Path, changes: dict[str, Any]) -> None:
-    content = changed(**changes)
+    content = changed_content(**changes)
     try:
         save_signed(path, content)
-    except TypeError:  # of a meta tensor there is nothing to sign
+    except TypeError:  # a meta tensor has no bytes to sign
         torch.save({**content, "sha256": "0" * 64}, path)
     assert_refused(path)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("place", ["weights", "training"])
-def test_numbers_that_are_none_are_refused(path: Path, place: str, bad: float) -> None:
-    poisoned = torch.zeros(1000)
-    poisoned[617] = bad
-    save_signed(path, changed(**{place: {"a": [poisoned]}}))
+def test_nan_and_infinity_are_refused(path: Path, place: str, bad: float) -> None:
+    bad_tensor = torch.zeros(1000)
+    bad_tensor[617] = bad
+    save_signed(path, changed_content(**{place: {"a": [bad_tensor]}}))
     assert "NaN" in assert_refused(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_numbers_that_are_none_are_found_wherever_they_are(bad: float, dtype: torch.dtype) -> None:
+def test_nan_and_infinity_are_found_at_every_position(bad: float, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     for length in (1, 2, 7, 8, 9, 16, 31, 70):
         good = torch.tensor([largest, -largest, 0.0, 1e-40], dtype=dtype).repeat(length)[:length]
         assert _is_finite(good)
         for i in range(length):
-            poisoned = good.clone()
-            poisoned[i] = bad
-            assert not _is_finite(poisoned), (length, i)
+            bad_tensor = good.clone()
+            bad_tensor[i] = bad
+            assert not _is_finite(bad_tensor), (length, i)
     for shape in ((), (0,), (2, 0)):
         assert _is_finite(torch.zeros(shape, dtype=dtype))
-    # Wide enough for several threads.
-    poisoned = torch.zeros(3, 100_000, dtype=dtype)
-    assert _is_finite(poisoned)
-    poisoned[2, 77_777] = bad
-    assert not _is_finite(poisoned)
+    # Large enough for several threads.
+    bad_tensor = torch.zeros(3, 100_000, dtype=dtype)
+    assert _is_finite(bad_tensor)
+    bad_tensor[2, 77_777] = bad
+    assert not _is_finite(bad_tensor)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("place", ["weights", "training"])
-def test_numbers_that_are_none_never_replace_a_good_file(
-    path: Path, place: str, bad: float
-) -> None:
+def test_nan_and_infinity_never_replace_a_valid_file(path: Path, place: str, bad: float) -> None:
     """RMSProp's mean square overflows while the weights are still finite."""
-    save_checkpoint(path, slim_checkpoint())
+    save_checkpoint(path, small_checkpoint())
     before = path.read_bytes()
 
     with pytest.raises(DivergedError, match="--lr"):
-        save_checkpoint(path, slim_checkpoint(**{place: {"a": [torch.tensor([0.0, bad])]}}))
+        save_checkpoint(path, small_checkpoint(**{place: {"a": [torch.tensor([0.0, bad])]}}))
 
     assert path.read_bytes() == before
 
 
-def test_weights_of_another_network_name_the_model_and_what_does_not_fit(path: Path) -> None:
+def test_the_error_for_weights_of_another_network_names_model_and_key(path: Path) -> None:
     config = Config(model=ModelConfig(kwargs={"base_channels": 3, "depth": 1}))
-    saved = replace(slim_checkpoint(), config=config)
+    saved = replace(small_checkpoint(), config=config)
     save_checkpoint(path, saved)
     message = assert_refused(path)
     assert "unet" in message
@@ -547,7 +550,7 @@ def test_weights_of_another_network_name_the_model_and_what_does_not_fit(path: P
 # --- Hostile files ------------------------------------------------------------------------------
 
 
-class RunsACommand:
+class CommandOnUnpickling:
     def __init__(self, flag: Path) -> None:
         self.flag = flag
 
@@ -557,41 +560,41 @@ class RunsACommand:
 
 @pytest.mark.parametrize("where", ["alone", "in weights", "legacy"])
 def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(tmp_path: Path, where: str) -> None:
-    path, flag = tmp_path / "last.pt", tmp_path / "it ran"
-    bomb = RunsACommand(flag)
-    content = bomb if where == "alone" else changed(weights={"a": bomb})
+    path, flag = tmp_path / "last.pt", tmp_path / "executed"
+    bomb = CommandOnUnpickling(flag)
+    content = bomb if where == "alone" else changed_content(weights={"a": bomb})
     torch.save(content, path, _use_new_zipfile_serialization=where != "legacy")
     message = assert_refused(path)
     assert not flag.exists()
-    # torch's own message explains how to switch the guard off.
+    # torch's own message explains how to disable the protection.
     assert "weights_only" not in message
     assert "add_safe_globals" not in message
-    # Where nothing guards, the very same file does run.
+    # Without protection the same file does run code.
     torch.load(path, weights_only=False)
     assert flag.exists()
 
 
-def test_torch_is_only_ever_asked_to_load_safely(
+def test_torch_load_is_always_called_with_weights_only(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even after a refusal, however many other guards stand before it."""
-    asked: list[object] = []
+    """Also after a refusal, and independent of the other checks."""
+    weights_only: list[object] = []
     load = torch.load
 
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        asked.append(kwargs.get("weights_only"))
+    def recording_load(*args: Any, **kwargs: Any) -> Any:
+        weights_only.append(kwargs.get("weights_only"))
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "load", recording)
-    save_checkpoint(path, slim_checkpoint())
+    monkeypatch.setattr(torch, "load", recording_load)
+    save_checkpoint(path, small_checkpoint())
     load_checkpoint(path)
-    torch.save(RunsACommand(path.with_name("it ran")), path)
+    torch.save(CommandOnUnpickling(path.with_name("executed")), path)
     assert_refused(path)
-    assert asked
-    assert set(asked) == {True}
+    assert weights_only
+    assert set(weights_only) == {True}
 
 
-class Liar:
+class FalseShape:
     """Unpickles to a tensor of `size` over a storage of 4 numbers."""
 
     def __init__(self, size: int, stride: int) -> None:
@@ -605,9 +608,9 @@ class Liar:
         return torch._utils._rebuild_tensor_v2, (self.storage, *self.layout)
 
 
-def deflated_gigabytes(path: Path) -> None:
-    """1.2 GB of zeros in 5 MB."""
-    torch.save(changed(weights={"a": torch.zeros(4)}), path)
+def zip_bomb(path: Path) -> None:
+    """1.2 GB of zeros, compressed to 5 MB."""
+    torch.save(changed_content(weights={"a": torch.zeros(4)}), path)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
@@ -620,50 +623,50 @@ def deflated_gigabytes(path: Path) -> None:
                 archive.writestr(name, data)
 
 
-# A pickle of 30 bytes that asks for 2 GB; torch's safe unpickler allows the constructor.
+# A pickle of 30 bytes that allocates 2 GB; torch's safe unpickler allows the constructor.
 HUGE_BYTEARRAY = b"\x80\x02cbuiltins\nbytearray\nJ" + (2**31 - 1).to_bytes(4, "little") + b"\x85R."
 
 
 def huge_bytearray(path: Path) -> None:
-    torch.save(changed(), path)
+    torch.save(changed_content(), path)
     rewrite_archive(path, lambda name, data: HUGE_BYTEARRAY if name.endswith(".pkl") else data)
 
 
 def two_pickles(path: Path, *, bomb_first: bool) -> None:
-    """Two members of one name: zipfile may look at the harmless one and torch unpack the other."""
-    torch.save(changed(), path)
+    """Two members with one name: zipfile may read the harmless one and torch the other."""
+    torch.save(changed_content(), path)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zipfile's own, about the name it writes twice
+        warnings.simplefilter("ignore")  # zipfile warns about the duplicate name
         for name, data in members.items():
             pair = (HUGE_BYTEARRAY, data) if bomb_first else (data, HUGE_BYTEARRAY)
             for content in pair if name.endswith(".pkl") else [data]:
                 archive.writestr(name, content)
 
 
-def expanded() -> dict[str, Any]:
-    return changed(weights={"a": torch.zeros(1).expand(10**9)})
+def expanded_tensor() -> dict[str, Any]:
+    return changed_content(weights={"a": torch.zeros(1).expand(10**9)})
 
 
-def expanded_by_a_forger() -> dict[str, Any]:
-    return changed(weights={"a": Liar(10**9, 0)})
+def forged_stride() -> dict[str, Any]:
+    return changed_content(weights={"a": FalseShape(10**9, 0)})
 
 
 def longer_than_its_storage() -> dict[str, Any]:
-    return changed(weights={"a": Liar(10**9, 1)})
+    return changed_content(weights={"a": FalseShape(10**9, 1)})
 
 
 def doubling_lists() -> dict[str, Any]:
-    """Sixty lists that each hold the next one twice: 2^60 items to walk through."""
-    laughs: list[Any] = [1]
+    """Sixty nested lists that each contain the next one twice: 2^60 items to traverse."""
+    nested: list[Any] = [1]
     for _ in range(60):
-        laughs = [laughs, laughs]
-    return changed(training={"laughs": laughs})
+        nested = [nested, nested]
+    return changed_content(training={"nested": nested})
 
 
-def circle() -> dict[str, Any]:
-    content = changed()
+def cycle() -> dict[str, Any]:
+    content = changed_content()
     content["training"]["itself"] = content
     return content
 
@@ -671,34 +674,34 @@ def circle() -> dict[str, Any]:
 def one_tensor_many_times() -> dict[str, Any]:
     """4 MB on disk, 400 GB to hash."""
     large = torch.zeros(1_000_000)
-    return changed(weights={str(i): large for i in range(100_000)})
+    return changed_content(weights={str(i): large for i in range(100_000)})
 
 
 def unsigned(make: Callable[[], dict[str, Any]]) -> Callable[[Path], None]:
-    """Their checksum cannot be had, for the very reason that makes them hostile."""
+    """Save without a valid checksum, which these contents make impossible to compute."""
     return lambda path: torch.save({**make(), "sha256": "0" * 64}, path)
 
 
 def many_layers(path: Path) -> None:
-    save_signed(path, changed(config={"model": {"name": "tiramisu", "bottleneck": 10**9}}))
+    save_signed(path, changed_content(config={"model": {"name": "tiramisu", "bottleneck": 10**9}}))
 
 
 HOSTILE: dict[str, Callable[[Path], None]] = {
-    "deflated gigabytes": deflated_gigabytes,
+    "zip bomb": zip_bomb,
     "huge bytearray": huge_bytearray,
     "bytearray before a good pickle": partial(two_pickles, bomb_first=True),
     "bytearray behind a good pickle": partial(two_pickles, bomb_first=False),
-    "expanded tensor": unsigned(expanded),
-    "expanded by a forger": unsigned(expanded_by_a_forger),
+    "expanded tensor": unsigned(expanded_tensor),
+    "forged stride": unsigned(forged_stride),
     "longer than its storage": unsigned(longer_than_its_storage),
     "doubling lists": unsigned(doubling_lists),
-    "circle": unsigned(circle),
+    "cycle": unsigned(cycle),
     "one tensor many times": unsigned(one_tensor_many_times),
     "many layers": many_layers,
 }
 
-# Each file gets a fork of one process that has imported torch already. The limit on CPU seconds
-# ends one that would go on for ever; its file then counts as not refused.
+# Each file is loaded in a fork of one process that has imported torch. The limit on CPU time
+# ends an endless load; its file then counts as not refused.
 LOAD_HOSTILE = """
 import json, os, resource, sys
 from pathlib import Path
@@ -706,7 +709,7 @@ import torch
 from segtrain.checkpoint import load_checkpoint, restore_model
 from segtrain.errors import CheckpointError
 
-torch.set_num_threads(1)  # a fork has no thread but its own to wait for
+torch.set_num_threads(1)  # a fork would wait for threads that only its parent has
 for path in map(Path, sys.argv[1:]):
     read_end, write_end = os.pipe()
     pid = os.fork()
@@ -749,24 +752,25 @@ def test_a_bomb_is_refused_within_a_gigabyte(
 
 
 def test_every_content_field_is_covered_by_the_checksum(path: Path) -> None:
-    """Change one value after signing: each field by itself must break the sum."""
-    content = good_content()
-    other = {
+    """Changing any one field after signing must invalidate the checksum."""
+    content = valid_content()
+    changes = {
         "weights": map_weights(lambda v: v + 1),
         "epoch": 4,
         "global_step": 18,
         "metrics": {"val/person_iou": 0.76},
         "training": {"rng": 1},
-        "config": {"model": {"name": "unet", **SLIM, "base_channels": 3}},
+        "data": {"train": "other"},
+        "config": {"model": {"name": "unet", **SMALL_UNET, "base_channels": 3}},
         "classes": ["person", "background"],
     }
-    assert set(other) == set(content) - {"format_version"}
-    for key, value in other.items():
+    assert set(changes) == set(content) - {"format_version"}
+    for key, value in changes.items():
         torch.save({**content, key: value, "sha256": _digest(content)}, path)
         assert "sha256" in assert_refused(path), key
 
 
-def test_the_checksum_tells_structures_apart() -> None:
+def test_the_checksum_depends_on_the_structure() -> None:
     contents: list[Any] = [
         [1, 2],
         [12],
@@ -782,5 +786,5 @@ def test_the_checksum_tells_structures_apart() -> None:
         torch.tensor([1, 2], dtype=torch.int32),
     ]
     digests = [_digest(content) for content in contents]
-    for (i, one), (j, other) in itertools.combinations(enumerate(digests), 2):
-        assert one != other, (i, j)
+    for (i, first), (j, second) in itertools.combinations(enumerate(digests), 2):
+        assert first != second, (i, j)

@@ -1,4 +1,4 @@
-"""The shell scripts and what they install."""
+"""The shell scripts and the constraint files."""
 
 import hashlib
 import io
@@ -20,14 +20,14 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 SCRIPTS = [*sorted((PROJECT / "scripts").glob("*.sh")), PROJECT / ".ci" / "run"]
-# With the dev extra it lies beside python, whether or not that folder is on the PATH.
+# The dev extra installs it beside python, whose folder may not be on the PATH.
 SHELLCHECK = shutil.which("shellcheck") or shutil.which(
     "shellcheck", path=Path(sys.executable).parent
 )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse_and_stop_at_the_first_error(script: Path) -> None:
+def test_scripts_parse_and_stop_on_errors(script: Path) -> None:
     text = script.read_text(encoding="utf-8")
 
     assert text.startswith("#!/usr/bin/env bash\n")
@@ -53,13 +53,13 @@ PINNED = re.compile(
 
 
 def requirements() -> list[str]:
-    """What pyproject.toml asks for, with all that the tests need."""
+    """The requirements in pyproject.toml, including those of the tests."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return [*project["dependencies"], *project["optional-dependencies"]["dev"]]
 
 
 @pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.name)
-def test_constraints_hold_names_and_versions_only(path: Path) -> None:
+def test_constraints_contain_names_and_versions_only(path: Path) -> None:
     for line in path.read_text(encoding="utf-8").splitlines():
         assert line.startswith("#") or PINNED.fullmatch(line), line
 
@@ -83,23 +83,23 @@ def test_the_lowest_versions_are_the_lower_bounds_of_pyproject() -> None:
         assert f"{pinned[name.lower()]}.".startswith(f"{bound}."), requirement
 
 
-# Seconds after which something hangs; a busy machine may take a while over what takes none.
-FOREVER = 120
-# Programs that the scripts call: this one says how it was called.
-SAYS_ITS_ARGUMENTS = """
+# Seconds after which a script counts as hanging; generous, because the machine may be busy.
+TIMEOUT = 120
+# Replaces a program that the scripts call and prints its arguments.
+PRINT_ARGUMENTS = """
 echo "$(basename "$0")" "$@"
 echo "threads ${OMP_NUM_THREADS:-unset}"
 """
-# A program that saves when it is asked to stop, as segtrain does.
-SAVES_ON_SIGTERM = """
+# A program that saves on SIGTERM, as segtrain does.
+SAVE_ON_SIGTERM = """
 trap 'echo saved; exit 143' TERM
 echo $$ >"$PID_FILE"
 while :; do sleep 0.02; done
 """
 
 
-class Box:
-    """A copy of the scripts, without a .venv, and a PATH that begins with made-up programs."""
+class Sandbox:
+    """A copy of the scripts without a .venv, and a PATH that starts with fake programs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -109,7 +109,7 @@ class Box:
         shutil.copytree(PROJECT / "scripts", folder / "project" / "scripts")
         self.environment = {"PATH": f"{self.bin}:/usr/bin:/bin"}
 
-    def program(self, name: str, body: str, *, folder: Path | None = None) -> None:
+    def add_program(self, name: str, body: str, *, folder: Path | None = None) -> None:
         path = (folder or self.bin) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/usr/bin/env bash\n{body}", encoding="utf-8")
@@ -129,37 +129,37 @@ class Box:
         self.started.append(process)
         return process
 
-    def end(self) -> None:
-        """Leave nothing behind when a test has failed."""
+    def kill_processes(self) -> None:
+        """Kill processes that a failed test left."""
         for process in self.started:
             if not group_is_gone(process.pid):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.communicate(timeout=FOREVER)
+            process.communicate(timeout=TIMEOUT)
 
     def run(
         self, script: str, *arguments: str, **environment: str
     ) -> "subprocess.CompletedProcess[str]":
         process = self.start(script, *arguments, **environment)
-        out, err = process.communicate(timeout=FOREVER)
+        out, err = process.communicate(timeout=TIMEOUT)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture
-def box(tmp_path: Path) -> Iterator[Box]:
-    box = Box(tmp_path)
-    yield box
-    box.end()
+def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
+    sandbox = Sandbox(tmp_path)
+    yield sandbox
+    sandbox.kill_processes()
 
 
-def wait_until(is_so: Callable[[], object]) -> None:
-    end = time.monotonic() + FOREVER
-    while not is_so():
-        assert time.monotonic() < end, f"waited {FOREVER} s in vain"
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out after {TIMEOUT} s"
         time.sleep(0.01)
 
 
 def group_is_gone(leader: int) -> bool:
-    """No process is left of those that `leader`, the first of a session, started."""
+    """Whether no process is left in the process group of `leader`."""
     try:
         os.killpg(leader, 0)
     except ProcessLookupError:
@@ -184,13 +184,13 @@ def error_lines(done: "subprocess.CompletedProcess[str]") -> list[str]:
         ("GPU 0: A (UUID: a)\nGPU 1: B (UUID: b)", {"GPUS": "6"}, 6),
     ],
 )
-def test_multi_gpu_starts_a_process_for_each_gpu(
-    box: Box, smi: str, environment: dict[str, str], count: int
+def test_multi_gpu_starts_one_process_per_gpu(
+    sandbox: Sandbox, smi: str, environment: dict[str, str], count: int
 ) -> None:
-    box.program("nvidia-smi", f"[ $1 = -L ] && cat <<'END'\n{smi}\nEND\n")
-    box.program("segtrain-launch", SAYS_ITS_ARGUMENTS)
+    sandbox.add_program("nvidia-smi", f"[ $1 = -L ] && cat <<'END'\n{smi}\nEND\n")
+    sandbox.add_program("segtrain-launch", PRINT_ARGUMENTS)
 
-    done = box.run("train_multi_gpu.sh", "--name", "two words", **environment)
+    done = sandbox.run("train_multi_gpu.sh", "--name", "two words", **environment)
 
     assert done.stdout.splitlines()[0] == (
         f"segtrain-launch --standalone --nproc-per-node {count} -m segtrain train "
@@ -210,45 +210,45 @@ def test_multi_gpu_starts_a_process_for_each_gpu(
         ("printf 'GPU 0: A\nGPU 1: B\n'", {"GPUS": "1"}),
     ],
 )
-def test_multi_gpu_with_one_or_none_is_plain_training(
-    box: Box, smi: str, environment: dict[str, str]
+def test_multi_gpu_with_at_most_one_gpu_is_plain_training(
+    sandbox: Sandbox, smi: str, environment: dict[str, str]
 ) -> None:
-    box.program("nvidia-smi", smi)
-    box.program("segtrain", SAYS_ITS_ARGUMENTS)
-    box.program("segtrain-launch", SAYS_ITS_ARGUMENTS)
+    sandbox.add_program("nvidia-smi", smi)
+    sandbox.add_program("segtrain", PRINT_ARGUMENTS)
+    sandbox.add_program("segtrain-launch", PRINT_ARGUMENTS)
 
-    done = box.run("train_multi_gpu.sh", "--lr", "1", **environment)
+    done = sandbox.run("train_multi_gpu.sh", "--lr", "1", **environment)
 
     assert done.stdout.splitlines() == ["segtrain train --resume auto --lr 1", "threads unset"]
 
 
-@pytest.mark.parametrize("own", [["--resume", "runs/a"], ["--resume=runs/a"]])
+@pytest.mark.parametrize("resume", [["--resume", "runs/a"], ["--resume=runs/a"]])
 @pytest.mark.parametrize("gpus", ["1", "2"])
-def test_multi_gpu_leaves_a_resume_of_the_users_alone(box: Box, gpus: str, own: list[str]) -> None:
+def test_multi_gpu_keeps_an_explicit_resume(sandbox: Sandbox, gpus: str, resume: list[str]) -> None:
     for program in ("segtrain", "segtrain-launch"):
-        box.program(program, SAYS_ITS_ARGUMENTS)
+        sandbox.add_program(program, PRINT_ARGUMENTS)
 
-    done = box.run("train_multi_gpu.sh", "--lr", "1", *own, GPUS=gpus)
+    done = sandbox.run("train_multi_gpu.sh", "--lr", "1", *resume, GPUS=gpus)
 
-    first = done.stdout.splitlines()[0]
-    assert first.endswith(f"train --lr 1 {' '.join(own)}")
-    assert first.count("--resume") == 1
+    command = done.stdout.splitlines()[0]
+    assert command.endswith(f"train --lr 1 {' '.join(resume)}")
+    assert command.count("--resume") == 1
 
 
-def test_multi_gpu_keeps_every_argument_whole(box: Box) -> None:
-    box.program("segtrain-launch", """printf '[%s]' "${@: -3}" """)
+def test_multi_gpu_quotes_arguments(sandbox: Sandbox) -> None:
+    sandbox.add_program("segtrain-launch", """printf '[%s]' "${@: -3}" """)
 
-    done = box.run("train_multi_gpu.sh", "--data", "a  b*", "", GPUS="2")
+    done = sandbox.run("train_multi_gpu.sh", "--data", "a  b*", "", GPUS="2")
 
     assert done.stdout == "[--data][a  b*][]"
 
 
-def test_multi_gpu_shares_the_cores_among_the_processes(box: Box) -> None:
-    box.program("nproc", "echo 12")
-    box.program("segtrain-launch", SAYS_ITS_ARGUMENTS)
+def test_multi_gpu_divides_the_cores_among_the_processes(sandbox: Sandbox) -> None:
+    sandbox.add_program("nproc", "echo 12")
+    sandbox.add_program("segtrain-launch", PRINT_ARGUMENTS)
 
     def threads(**environment: str) -> str:
-        return box.run("train_multi_gpu.sh", **environment).stdout.splitlines()[-1]
+        return sandbox.run("train_multi_gpu.sh", **environment).stdout.splitlines()[-1]
 
     assert threads(GPUS="4") == "threads 3"
     assert threads(GPUS="100") == "threads 1"
@@ -256,34 +256,36 @@ def test_multi_gpu_shares_the_cores_among_the_processes(box: Box) -> None:
 
 
 @pytest.mark.parametrize("gpus", ["two", "-1", "1.5", "2 "])
-def test_multi_gpu_says_what_is_wrong_with_gpus(box: Box, gpus: str) -> None:
-    done = box.run("train_multi_gpu.sh", GPUS=gpus)
+def test_multi_gpu_rejects_an_invalid_number_of_gpus(sandbox: Sandbox, gpus: str) -> None:
+    done = sandbox.run("train_multi_gpu.sh", GPUS=gpus)
 
     assert done.returncode == 2
     assert error_lines(done) == done.stderr.splitlines()
     assert f"GPUS={gpus} " in done.stderr
 
 
-def test_multi_gpu_prefers_the_environment_of_the_project(box: Box) -> None:
+def test_multi_gpu_prefers_the_venv_of_the_project(sandbox: Sandbox) -> None:
     for program in ("segtrain", "segtrain-launch"):
-        box.program(program, "echo from the PATH")
-        box.program(program, "echo from .venv", folder=box.folder / "project" / ".venv" / "bin")
+        sandbox.add_program(program, "echo from the PATH")
+        sandbox.add_program(
+            program, "echo from .venv", folder=sandbox.folder / "project" / ".venv" / "bin"
+        )
 
     for gpus in ("1", "2"):
-        assert box.run("train_multi_gpu.sh", GPUS=gpus).stdout == "from .venv\n"
+        assert sandbox.run("train_multi_gpu.sh", GPUS=gpus).stdout == "from .venv\n"
 
 
 @pytest.mark.parametrize(("gpus", "program"), [("1", "segtrain"), ("2", "segtrain-launch")])
-def test_multi_gpu_becomes_the_program_so_that_signals_reach_it(
-    box: Box, gpus: str, program: str
+def test_multi_gpu_execs_the_program_so_that_signals_reach_it(
+    sandbox: Sandbox, gpus: str, program: str
 ) -> None:
-    box.program(program, SAVES_ON_SIGTERM)
-    pid_file = box.folder / "pid"
+    sandbox.add_program(program, SAVE_ON_SIGTERM)
+    pid_file = sandbox.folder / "pid"
 
-    process = box.start("train_multi_gpu.sh", GPUS=gpus, PID_FILE=str(pid_file))
+    process = sandbox.start("train_multi_gpu.sh", GPUS=gpus, PID_FILE=str(pid_file))
     wait_until(lambda: pid_file.exists() and pid_file.read_text().endswith("\n"))
     process.terminate()
-    out, _ = process.communicate(timeout=FOREVER)
+    out, _ = process.communicate(timeout=TIMEOUT)
 
     assert int(pid_file.read_text()) == process.pid
     assert process.returncode == 143
@@ -295,27 +297,27 @@ def test_multi_gpu_becomes_the_program_so_that_signals_reach_it(
 
 
 @pytest.fixture
-def slurm(box: Box) -> Box:
-    """What a job of one node with four GPUs finds."""
-    box.program("srun", SAYS_ITS_ARGUMENTS)
-    box.program(
+def slurm(sandbox: Sandbox) -> Sandbox:
+    """The environment of a job on one node with four GPUs."""
+    sandbox.add_program("srun", PRINT_ARGUMENTS)
+    sandbox.add_program(
         "scontrol",
         """
         if [ "$1" = show ]; then printf '%s\n' n07 n08; else echo scontrol "$@"; fi
         """,
     )
-    box.environment |= {
+    sandbox.environment |= {
         "SLURM_JOB_ID": "1020304",
         "SLURM_JOB_NUM_NODES": "1",
         "SLURM_JOB_NODELIST": "n07",
         "SLURM_GPUS_ON_NODE": "4",
         "SLURM_CPUS_PER_TASK": "32",
-        "SLURM_SUBMIT_DIR": str(box.folder),
+        "SLURM_SUBMIT_DIR": str(sandbox.folder),
     }
-    return box
+    return sandbox
 
 
-def test_slurm_on_one_node(slurm: Box) -> None:
+def test_slurm_on_one_node(slurm: Sandbox) -> None:
     done = slurm.run("train_slurm.sh", "--data", "/data/coco", "--name", "week")
 
     assert done.stdout.splitlines() == [
@@ -327,7 +329,7 @@ def test_slurm_on_one_node(slurm: Box) -> None:
     assert done.returncode == 0
 
 
-def test_slurm_on_two_nodes_meets_on_the_first(slurm: Box) -> None:
+def test_slurm_on_two_nodes_uses_the_first_for_the_rendezvous(slurm: Sandbox) -> None:
     done = slurm.run(
         "train_slurm.sh",
         "--name",
@@ -345,8 +347,8 @@ def test_slurm_on_two_nodes_meets_on_the_first(slurm: Box) -> None:
     )
 
 
-def test_slurm_asks_slurm_for_the_hosts_of_this_job(slurm: Box) -> None:
-    slurm.program("scontrol", "printf '%s\n' $3 other")
+def test_slurm_reads_the_hosts_of_the_job_from_scontrol(slurm: Sandbox) -> None:
+    slurm.add_program("scontrol", "printf '%s\n' $3 other")
 
     done = slurm.run("train_slurm.sh", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="n42")
 
@@ -354,7 +356,7 @@ def test_slurm_asks_slurm_for_the_hosts_of_this_job(slurm: Box) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "then"),
+    ("arguments", "expected"),
     [
         ([], "--resume auto --name slurm-1020304"),
         (["--name=a"], "--resume auto --name=a"),
@@ -362,16 +364,16 @@ def test_slurm_asks_slurm_for_the_hosts_of_this_job(slurm: Box) -> None:
         (["--resume=runs/a", "--name", "b"], "--resume=runs/a --name b"),
     ],
 )
-def test_slurm_finds_its_own_run_again(slurm: Box, arguments: list[str], then: str) -> None:
-    first = slurm.run("train_slurm.sh", *arguments).stdout.splitlines()[0]
+def test_slurm_resumes_its_own_run(slurm: Sandbox, arguments: list[str], expected: str) -> None:
+    command = slurm.run("train_slurm.sh", *arguments).stdout.splitlines()[0]
 
-    assert first.endswith(f"segtrain train {then}")
+    assert command.endswith(f"segtrain train {expected}")
 
 
-def test_slurm_takes_the_environment_of_the_folder_it_was_submitted_from(slurm: Box) -> None:
-    slurm.program("srun", "command -v segtrain-launch")
+def test_slurm_uses_the_venv_in_the_submission_folder(slurm: Sandbox) -> None:
+    slurm.add_program("srun", "command -v segtrain-launch")
     for name in ("segtrain", "segtrain-launch"):
-        slurm.program(name, "", folder=slurm.folder / ".venv" / "bin")
+        slurm.add_program(name, "", folder=slurm.folder / ".venv" / "bin")
 
     assert slurm.run("train_slurm.sh").stdout.strip() == str(
         slurm.folder / ".venv/bin/segtrain-launch"
@@ -382,50 +384,50 @@ TIME_LIMIT = {"SEGTRAIN_CHAIN": "2", "end": "100"}
 
 
 @pytest.mark.parametrize(
-    ("code", "environment", "again"),
+    ("code", "environment", "requeued"),
     [
         (1, TIME_LIMIT, True),
         (1, TIME_LIMIT | {"SLURM_RESTART_COUNT": "1"}, True),
         (1, TIME_LIMIT | {"SLURM_RESTART_COUNT": "2"}, False),  # the chain is used up
-        (1, TIME_LIMIT | {"SEGTRAIN_CHAIN": ""}, False),  # nobody asked for it
-        (1, TIME_LIMIT | {"end": "3600"}, False),  # an error, no time limit
-        (0, TIME_LIMIT, False),  # all epochs are done
-        # Pre-empted with a time of grace, in which it has ended.
+        (1, TIME_LIMIT | {"SEGTRAIN_CHAIN": ""}, False),  # not enabled
+        (1, TIME_LIMIT | {"end": "3600"}, False),  # an error, not the time limit
+        (0, TIME_LIMIT, False),  # training is complete
+        # Preempted, and ended within the grace period.
         (1, {"end": "3600", "preempted": "-5"}, True),
         (1, {"end": "3600", "preempted": "-5", "SLURM_RESTART_COUNT": "9"}, True),
         (0, {"end": "3600", "preempted": "-5"}, False),
-        (1, {"end": "3600", "preempted": "-7200"}, False),  # that was before this start
+        (1, {"end": "3600", "preempted": "-7200"}, False),  # before the current start
     ],
 )
-def test_slurm_queues_again_what_was_not_done(
-    slurm: Box, code: int, environment: dict[str, str], again: bool
+def test_slurm_requeues_unfinished_jobs(
+    slurm: Sandbox, code: int, environment: dict[str, str], requeued: bool
 ) -> None:
-    slurm.program("srun", f"exit {code}")
+    slurm.add_program("srun", f"exit {code}")
     environment = dict(environment)
-    shows_job(slurm, int(environment.pop("end")), environment.pop("preempted", None))
+    add_scontrol(slurm, int(environment.pop("end")), environment.pop("preempted", None))
 
     done = slurm.run("train_slurm.sh", "--name", "week", **environment)
 
-    assert ("scontrol requeue 1020304" in done.stdout.splitlines()) is again
-    assert done.returncode == (0 if again else code)
+    assert ("scontrol requeue 1020304" in done.stdout.splitlines()) is requeued
+    assert done.returncode == (0 if requeued else code)
     assert done.stderr == ""
 
 
-def test_slurm_keeps_the_exit_code_when_slurm_does_not_answer(slurm: Box) -> None:
-    slurm.program("srun", "exit 6")
-    slurm.program("scontrol", "exit 1")
+def test_slurm_keeps_the_exit_code_if_scontrol_fails(slurm: Sandbox) -> None:
+    slurm.add_program("srun", "exit 6")
+    slurm.add_program("scontrol", "exit 1")
 
     assert slurm.run("train_slurm.sh", SEGTRAIN_CHAIN="2").returncode == 6
 
 
-def shows_job(slurm: Box, end: int, preempted: str | None = None) -> None:
-    """`scontrol show job` as Slurm 24.05 prints it, shortened; times are seconds from now."""
+def add_scontrol(slurm: Sandbox, end: int, preempted: str | None = None) -> None:
+    """Add a `scontrol` with the shortened output of Slurm 24.05; times are seconds from now."""
 
     def time_in(seconds: float) -> str:
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
 
     preempt_time = time_in(int(preempted)) if preempted else "None"
-    slurm.program(
+    slurm.add_program(
         "scontrol",
         f"""
         if [ "$1" != show ]; then echo scontrol "$@"; exit; fi
@@ -444,21 +446,21 @@ END
         slurm.environment["TZ"] = os.environ["TZ"]
 
 
-def test_slurm_outlives_the_sigterm_that_srun_must_not_get(slurm: Box) -> None:
-    # Slurm sends it to the script and, by itself, to torchrun. Here srun ends when torchrun has
-    # saved, and a cancelled job must not come back.
-    go_on = slurm.folder / "saved"
-    slurm.program(
+def test_slurm_survives_sigterm_and_does_not_forward_it_to_srun(slurm: Sandbox) -> None:
+    # Slurm sends SIGTERM to the script and to torchrun. Here srun ends after torchrun has saved. A
+    # cancelled job must not be requeued.
+    saved = slurm.folder / "saved"
+    slurm.add_program(
         "srun",
         """
-        trap 'echo srun was signalled' TERM
+        trap 'echo srun received SIGTERM' TERM
         echo $$ >"$PID_FILE"
         until [ -e saved ]; do sleep 0.02; done
         echo torchrun has saved
         exit 1
         """,
     )
-    shows_job(slurm, 100)
+    add_scontrol(slurm, 100)
     pid_file = slurm.folder / "pid"
 
     process = slurm.start(
@@ -470,9 +472,9 @@ def test_slurm_outlives_the_sigterm_that_srun_must_not_get(slurm: Box) -> None:
     process.terminate()
     time.sleep(0.2)
     assert process.poll() is None
-    assert int(pid_file.read_text()) != process.pid  # exec would hand srun the signal
-    go_on.touch()
-    out, _ = process.communicate(timeout=FOREVER)
+    assert int(pid_file.read_text()) != process.pid  # with exec, srun would receive the signal
+    saved.touch()
+    out, _ = process.communicate(timeout=TIMEOUT)
 
     assert out == "torchrun has saved\n"
     assert process.returncode == 1
@@ -485,7 +487,7 @@ def test_slurm_options_precede_the_first_command() -> None:
 
     assert all(line.startswith("#") for line in head)
     assert text.count("#SBATCH") == len(options)
-    # B:TERM would signal the script and not torchrun, and torchrun does not pass USR1 on.
+    # B:TERM would signal the script instead of torchrun, and torchrun does not forward USR1.
     assert {"--requeue", "--open-mode=append", "--signal=TERM@120"} <= options
     assert "--ntasks-per-node=1" in options
 
@@ -494,7 +496,9 @@ def test_slurm_options_precede_the_first_command() -> None:
     ("missing", "environment"),
     [("SLURM_JOB_ID", {}), ("", {"SEGTRAIN_CHAIN": "many"}), ("", {"SLURM_GPUS_ON_NODE": "0"})],
 )
-def test_slurm_says_what_is_wrong(slurm: Box, missing: str, environment: dict[str, str]) -> None:
+def test_slurm_rejects_an_invalid_environment(
+    slurm: Sandbox, missing: str, environment: dict[str, str]
+) -> None:
     slurm.environment.pop(missing, None)
 
     done = slurm.run("train_slurm.sh", **environment)
@@ -507,8 +511,8 @@ def test_slurm_says_what_is_wrong(slurm: Box, missing: str, environment: dict[st
 
 # --- test_versions.sh
 
-# uv, as far as test_versions.sh goes: an environment's python is one of these.
-MAKES_ENVIRONMENTS = """
+# A fake uv with the commands that test_versions.sh uses.
+FAKE_UV = """
 echo "uv $*"
 if [ "$1" = venv ]; then
   mkdir -p "${!#}/bin"
@@ -518,19 +522,19 @@ fi
 
 
 @pytest.fixture
-def versions(box: Box) -> Box:
-    """A box whose .venv is set up, and which has no Python of pyenv."""
-    venv = box.folder / "project" / ".venv" / "bin"
-    box.program("setup.sh", "", folder=box.folder / "project" / "scripts")
-    box.program("uv", MAKES_ENVIRONMENTS, folder=venv)
-    box.program("python", 'echo "tests: $*"', folder=venv)
-    box.environment["PYENV_ROOT"] = str(box.folder / "pyenv")
+def versions(sandbox: Sandbox) -> Sandbox:
+    """A sandbox with a .venv and without pyenv."""
+    venv = sandbox.folder / "project" / ".venv" / "bin"
+    sandbox.add_program("setup.sh", "", folder=sandbox.folder / "project" / "scripts")
+    sandbox.add_program("uv", FAKE_UV, folder=venv)
+    sandbox.add_program("python", 'echo "tests: $*"', folder=venv)
+    sandbox.environment["PYENV_ROOT"] = str(sandbox.folder / "pyenv")
     for version in ("3.11", "3.12", "3.13"):
-        box.program(f"python{version}", f"echo /found/python{version}")
-    return box
+        sandbox.add_program(f"python{version}", f"echo /found/python{version}")
+    return sandbox
 
 
-def test_versions_are_those_of_three_files_of_constraints(versions: Box) -> None:
+def test_versions_tests_three_environments(versions: Sandbox) -> None:
     done = versions.run("test_versions.sh")
 
     assert done.returncode == 0, done.stderr
@@ -548,9 +552,9 @@ def test_versions_are_those_of_three_files_of_constraints(versions: Box) -> None
     assert not (versions.folder / "project" / ".venv-versions").exists()
 
 
-def test_versions_stop_at_tests_that_fail(versions: Box) -> None:
+def test_versions_stops_at_failing_tests(versions: Sandbox) -> None:
     python = versions.folder / "project" / ".venv" / "bin"
-    versions.program("python", "[[ $* != *pytest* ]] || exit 1", folder=python)
+    versions.add_program("python", "[[ $* != *pytest* ]] || exit 1", folder=python)
 
     done = versions.run("test_versions.sh")
 
@@ -559,10 +563,10 @@ def test_versions_stop_at_tests_that_fail(versions: Box) -> None:
     assert (versions.folder / "project" / ".venv-versions" / "lowest").is_dir()
 
 
-def test_versions_find_the_python_of_pyenv_behind_a_shim(versions: Box) -> None:
-    versions.program("python3.13", "exit 127")
+def test_versions_finds_the_python_of_pyenv_behind_a_shim(versions: Sandbox) -> None:
+    versions.add_program("python3.13", "exit 127")
     pyenv = versions.folder / "pyenv" / "versions" / "3.13.0" / "bin"
-    versions.program("python", "echo /pyenv/python", folder=pyenv)
+    versions.add_program("python", "echo /pyenv/python", folder=pyenv)
 
     done = versions.run("test_versions.sh", "python3.13")
 
@@ -570,8 +574,8 @@ def test_versions_find_the_python_of_pyenv_behind_a_shim(versions: Box) -> None:
     assert "--python /pyenv/python " in done.stdout
 
 
-def test_versions_name_the_python_that_is_missing(versions: Box) -> None:
-    versions.program("python3.13", "exit 127")
+def test_versions_reports_a_missing_python(versions: Sandbox) -> None:
+    versions.add_program("python3.13", "exit 127")
 
     done = versions.run("test_versions.sh", "python3.13")
 
@@ -580,12 +584,25 @@ def test_versions_name_the_python_that_is_missing(versions: Box) -> None:
     assert "no Python 3.13 found" in line
 
 
-def test_versions_know_their_environments(versions: Box) -> None:
+def test_versions_rejects_an_unknown_environment(versions: Sandbox) -> None:
     done = versions.run("test_versions.sh", "python2")
 
     assert done.returncode == 2
     [line] = error_lines(done)
     assert "python2" in line
+
+
+def test_versions_selects_existing_tests() -> None:
+    script = (PROJECT / "scripts" / "test_versions.sh").read_text(encoding="utf-8")
+    names: set[str] = set()
+    for folders in re.findall(r"=\(tests/\{(.*)\}\.py\)", script):
+        for name in folders.split(","):
+            text = (PROJECT / "tests" / f"{name}.py").read_text(encoding="utf-8")
+            names |= set(re.findall(r"^def (test_\w+)", text, re.MULTILINE))
+    [excluded] = re.findall(r"^excluded='(.*)'$", script, re.MULTILINE)
+
+    for word in excluded.split(" or "):
+        assert any(word in name for name in names), word
 
 
 # --- download_coco.sh
@@ -602,8 +619,8 @@ FILES = {
 }
 
 
-class Mirror(Box):
-    """A folder with archives as COCO's, tiny, and the file of their checksums."""
+class Mirror(Sandbox):
+    """A folder with tiny archives in the layout of COCO, and a file of their checksums."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -628,8 +645,8 @@ class Mirror(Box):
         self.coco = folder / "coco"
         self.part = self.coco / ".download" / "val2017.zip.part"
 
-    def present(self) -> dict[str, bytes]:
-        """What lies in the data set by now."""
+    def files(self) -> dict[str, bytes]:
+        """Relative path → content of the files in the data set."""
         return {
             str(path.relative_to(self.coco)): path.read_bytes()
             for path in self.coco.rglob("*")
@@ -641,20 +658,21 @@ class Mirror(Box):
 def mirror(tmp_path: Path) -> Iterator[Mirror]:
     mirror = Mirror(tmp_path)
     yield mirror
-    mirror.end()
+    mirror.kill_processes()
 
 
 class Server:
-    """Serves a mirror over HTTP; after the bytes in `serve`, an answer each, it hangs up or stalls.
+    """Serves a mirror over HTTP.
 
-    The last one of `serve` is that of all further answers.
+    limits: number of bytes after which each response hangs up or stalls; the last item applies to
+        all further responses.
     """
 
     def __init__(self, mirror: Mirror) -> None:
         self.ranges: list[str | None] = []
-        self.serve: list[int | None] = [None]
-        self.stalls = False
-        self.resumes = True
+        self.limits: list[int | None] = [None]
+        self.stall = False
+        self.supports_ranges = True
         self.released = threading.Event()
         outer = self
 
@@ -668,20 +686,20 @@ class Server:
                 self.end_headers()
 
             def do_GET(self) -> None:
-                wanted = self.headers["Range"]
-                outer.ranges.append(wanted)
+                requested = self.headers["Range"]
+                outer.ranges.append(requested)
                 content = mirror.archives[self.path[1:]]
-                begin = int(wanted[6:-1]) if wanted and outer.resumes else 0
-                self.send_response(206 if wanted and outer.resumes else 200)
-                if wanted and outer.resumes:
+                start = int(requested[6:-1]) if requested and outer.supports_ranges else 0
+                self.send_response(206 if requested and outer.supports_ranges else 200)
+                if requested and outer.supports_ranges:
                     self.send_header(
-                        "Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}"
+                        "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
                     )
-                self.send_header("Content-Length", str(len(content) - begin))
+                self.send_header("Content-Length", str(len(content) - start))
                 self.end_headers()
-                count = outer.serve.pop(0) if len(outer.serve) > 1 else outer.serve[0]
-                self.wfile.write(content[begin:][:count])
-                if outer.stalls:
+                count = outer.limits.pop(0) if len(outer.limits) > 1 else outer.limits[0]
+                self.wfile.write(content[start:][:count])
+                if outer.stall:
                     outer.released.wait(10)
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -700,49 +718,49 @@ def server(mirror: Mirror) -> Iterator[Server]:
     server.http.server_close()
 
 
-def test_download_unpacks_everything_and_leaves_no_archive(mirror: Mirror) -> None:
+def test_download_unpacks_everything_and_removes_the_archives(mirror: Mirror) -> None:
     done = mirror.run("download_coco.sh")
 
     assert done.returncode == 0, done.stderr
-    assert mirror.present() == FILES["annotations"] | FILES["val"] | FILES["train"]
+    assert mirror.files() == FILES["annotations"] | FILES["val"] | FILES["train"]
     assert not list(mirror.coco.rglob("*.zip")) + list(mirror.coco.rglob("*.part"))
     assert not list(mirror.coco.rglob("*.unpacked"))
 
 
-def test_download_takes_only_what_is_named(mirror: Mirror) -> None:
+def test_download_only_the_named_archives(mirror: Mirror) -> None:
     done = mirror.run("download_coco.sh", "--only", "val,annotations", "my data/")
 
     mirror.coco = mirror.folder / "my data"
     assert done.returncode == 0
-    assert mirror.present() == FILES["annotations"] | FILES["val"]
+    assert mirror.files() == FILES["annotations"] | FILES["val"]
     assert done.stdout.splitlines()[-1] == "next: segtrain doctor my data"
 
 
-def test_download_again_costs_nothing(mirror: Mirror, server: Server) -> None:
+def test_a_complete_download_is_not_repeated(mirror: Mirror, server: Server) -> None:
     mirror.run("download_coco.sh", "--only=val")
     assert server.ranges == [None]
-    mirror.program("curl", "exit 7")
-    mirror.part.write_bytes(b"left by a stop just before the end")
+    mirror.add_program("curl", "exit 7")
+    mirror.part.write_bytes(b"left by an interruption just before the end")
 
     done = mirror.run("download_coco.sh", "--only=val")
 
     assert done.returncode == 0
     assert server.ranges == [None]
-    assert mirror.present() == FILES["val"]
+    assert mirror.files() == FILES["val"]
     assert not mirror.part.exists()
 
 
-def test_download_again_when_its_folder_was_deleted(mirror: Mirror) -> None:
+def test_download_repeats_if_its_folder_was_deleted(mirror: Mirror) -> None:
     mirror.run("download_coco.sh", "--only=val")
     shutil.rmtree(mirror.coco / "val2017")
 
     mirror.run("download_coco.sh", "--only=val")
 
-    assert mirror.present() == FILES["val"]
+    assert mirror.files() == FILES["val"]
 
 
 @pytest.mark.parametrize("over", ["file", "http"])
-def test_download_goes_on_with_a_partial_file(
+def test_download_continues_a_partial_file(
     mirror: Mirror, over: str, request: pytest.FixtureRequest
 ) -> None:
     server = request.getfixturevalue("server") if over == "http" else None
@@ -753,33 +771,33 @@ def test_download_goes_on_with_a_partial_file(
     done = mirror.run("download_coco.sh", "--only", "val")
 
     assert done.returncode == 0, done.stderr
-    assert mirror.present() == FILES["val"]
+    assert mirror.files() == FILES["val"]
     assert server is None or server.ranges == ["bytes=1500-"]
     assert f"from byte 1500 of {len(content)}" in done.stdout
 
 
-def test_download_of_a_whole_file_only_compares(mirror: Mirror, server: Server) -> None:
+def test_download_of_a_complete_file_only_verifies_it(mirror: Mirror, server: Server) -> None:
     mirror.part.parent.mkdir(parents=True)
     mirror.part.write_bytes(mirror.archives[ZIPS["val"]])
 
     assert mirror.run("download_coco.sh", "--only", "val").returncode == 0
     assert server.ranges == []
-    assert mirror.present() == FILES["val"]
+    assert mirror.files() == FILES["val"]
 
 
-def test_download_goes_on_by_itself_when_the_line_breaks(mirror: Mirror, server: Server) -> None:
-    server.serve = [15_000]
+def test_download_continues_after_a_broken_connection(mirror: Mirror, server: Server) -> None:
+    server.limits = [15_000]
 
     done = mirror.run("download_coco.sh", "--only", "val")
 
     assert done.returncode == 0, done.stderr
     assert server.ranges == [None, "bytes=15000-", "bytes=30000-"]
-    assert mirror.present() == FILES["val"]
+    assert mirror.files() == FILES["val"]
 
 
-def test_download_gives_up_when_nothing_comes(mirror: Mirror, server: Server) -> None:
-    server.serve = [0, 0, 9_000, 0]  # what came in between starts the count again
-    mirror.program("sleep", 'echo "$1" >>naps')
+def test_download_gives_up_without_progress(mirror: Mirror, server: Server) -> None:
+    server.limits = [0, 0, 9_000, 0]  # progress resets the count
+    mirror.add_program("sleep", 'echo "$1" >>naps')
 
     done = mirror.run("download_coco.sh", "--only", "val")
 
@@ -789,11 +807,11 @@ def test_download_gives_up_when_nothing_comes(mirror: Mirror, server: Server) ->
     assert (mirror.folder / "naps").read_text().split() == ["2", "4", "2", "4", "8", "16"]
 
 
-def test_download_begins_again_where_the_server_cannot_go_on(
+def test_download_restarts_if_the_server_does_not_support_ranges(
     mirror: Mirror, server: Server
 ) -> None:
-    server.resumes = False
-    mirror.program("sleep", "")
+    server.supports_ranges = False
+    mirror.add_program("sleep", "")
     mirror.part.parent.mkdir(parents=True)
     mirror.part.write_bytes(mirror.archives[ZIPS["val"]][:1500])
 
@@ -801,15 +819,15 @@ def test_download_begins_again_where_the_server_cannot_go_on(
 
     assert done.returncode == 0, done.stderr
     assert server.ranges == ["bytes=1500-", None]
-    assert mirror.present() == FILES["val"]
+    assert mirror.files() == FILES["val"]
 
 
 @pytest.mark.parametrize("damage", ["the mirror", "the partial file"])
-def test_download_unpacks_nothing_of_a_wrong_checksum(mirror: Mirror, damage: str) -> None:
+def test_download_unpacks_nothing_with_a_wrong_checksum(mirror: Mirror, damage: str) -> None:
     path = mirror.folder / "mirror" / ZIPS["val"]
     good = path.read_bytes()
     if damage == "the mirror":
-        # A picture of it differs, and the archive is a good one: only the checksum can tell.
+        # A valid archive in which one image differs: only the checksum detects it.
         with zipfile.ZipFile(path, "w") as file:
             for number, (name, content) in enumerate(FILES["val"].items()):
                 file.writestr(name, content if number else content[::-1][1:] + b"?")
@@ -823,70 +841,72 @@ def test_download_unpacks_nothing_of_a_wrong_checksum(mirror: Mirror, damage: st
     assert done.returncode == 3
     assert len(error_lines(done)) == 1
     assert hashlib.md5(good, usedforsecurity=False).hexdigest() in error_lines(done)[0]
-    assert mirror.present() == {}
+    assert mirror.files() == {}
     path.write_bytes(good)
     assert mirror.run("download_coco.sh", "--only", "val").returncode == 0
-    assert mirror.present() == FILES["val"]
+    assert mirror.files() == FILES["val"]
 
 
 @pytest.mark.parametrize(
-    ("archive", "known"),
+    ("archive", "checksum"),
     [
         ("train", "cced6f7f71b7629ddf16f17bbcfab6b2"),
         ("val", "442b8da7639aecaf257c1dceb8ba8c80"),
         ("annotations", "f4bbac642086de4f52a3fdda2de5fa2c"),
     ],
 )
-def test_download_expects_the_true_coco(mirror: Mirror, archive: str, known: str) -> None:
+def test_download_expects_the_checksums_of_coco(
+    mirror: Mirror, archive: str, checksum: str
+) -> None:
     del mirror.environment["SEGTRAIN_COCO_MD5"]
 
     done = mirror.run("download_coco.sh", "--only", archive)
 
     assert done.returncode == 3
-    assert f"not {known};" in done.stderr
+    assert f"not {checksum};" in done.stderr
 
 
-def test_download_ends_with_its_child_on_sigterm(mirror: Mirror, server: Server) -> None:
-    server.serve, server.stalls = [20_000], True
+def test_download_and_its_child_end_on_sigterm(mirror: Mirror, server: Server) -> None:
+    server.limits, server.stall = [20_000], True
 
     process = mirror.start("download_coco.sh", "--only", "val")
     wait_until(lambda: mirror.part.exists() and mirror.part.stat().st_size)
     process.terminate()  # the script alone, not its group
-    process.communicate(timeout=FOREVER)
+    process.communicate(timeout=TIMEOUT)
 
     assert process.returncode == 143
-    wait_until(lambda: group_is_gone(process.pid))  # once init has buried the last of them
+    wait_until(lambda: group_is_gone(process.pid))  # after init has reaped the last process
     partial = mirror.part.read_bytes()
     assert 0 < len(partial) <= 20_000
     assert mirror.archives[ZIPS["val"]].startswith(partial)
-    assert mirror.present() == {}
-    server.serve, server.stalls = [None], False
+    assert mirror.files() == {}
+    server.limits, server.stall = [None], False
     assert mirror.run("download_coco.sh", "--only", "val").returncode == 0
     assert server.ranges == [None, f"bytes={len(partial)}-"]
-    assert mirror.present() == FILES["val"]
+    assert mirror.files() == FILES["val"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("tool", ["md5sum", "unzip"])
-def test_download_can_be_stopped_later_too(
+def test_verifying_and_unpacking_can_be_interrupted(
     mirror: Mirror, tool: str, number: signal.Signals
 ) -> None:
-    mirror.program(tool, "touch reached; exec sleep 1000")
+    mirror.add_program(tool, "touch reached; exec sleep 1000")
 
     process = mirror.start("download_coco.sh", "--only", "val")
     wait_until((mirror.folder / "reached").exists)
     process.send_signal(number)
-    process.communicate(timeout=FOREVER)
+    process.communicate(timeout=TIMEOUT)
 
     assert process.returncode == 128 + number
-    wait_until(lambda: group_is_gone(process.pid))  # once init has buried the last of them
-    assert mirror.present() == {}
+    wait_until(lambda: group_is_gone(process.pid))  # after init has reaped the last process
+    assert mirror.files() == {}
     (mirror.bin / tool).unlink()
     assert mirror.run("download_coco.sh", "--only", "val").returncode == 0
-    assert mirror.present() == FILES["val"]
+    assert mirror.files() == FILES["val"]
 
 
-def test_download_keeps_what_lies_there(mirror: Mirror) -> None:
+def test_download_keeps_existing_files(mirror: Mirror) -> None:
     own = {"val2017/own.jpg": b"mine", "notes.txt": b"mine too", "val2017/1.jpg": b"\1" * 7000}
     for name, content in own.items():
         (mirror.coco / name).parent.mkdir(parents=True, exist_ok=True)
@@ -895,7 +915,7 @@ def test_download_keeps_what_lies_there(mirror: Mirror) -> None:
     done = mirror.run("download_coco.sh", "--only", "val")
 
     assert done.returncode == 0, done.stderr
-    assert mirror.present() == FILES["val"] | own
+    assert mirror.files() == FILES["val"] | own
 
 
 def test_download_does_not_overwrite_a_different_file(mirror: Mirror) -> None:
@@ -911,47 +931,47 @@ def test_download_does_not_overwrite_a_different_file(mirror: Mirror) -> None:
     assert other.read_bytes() == b"cut off"
     other.unlink()
     assert mirror.run("download_coco.sh", "--only", "val").returncode == 0
-    assert mirror.present() == FILES["val"]
+    assert mirror.files() == FILES["val"]
 
 
-@pytest.mark.parametrize(("free", "have", "code"), [(60, 0, 5), (75, 0, 0), (60, 20_000, 0)])
-def test_download_looks_at_the_space_before_it_begins(
-    mirror: Mirror, free: int, have: int, code: int
+@pytest.mark.parametrize(("free", "downloaded", "code"), [(60, 0, 5), (75, 0, 0), (60, 20_000, 0)])
+def test_download_checks_the_free_space_first(
+    mirror: Mirror, free: int, downloaded: int, code: int
 ) -> None:
-    # An archive of 35 KB, and as much again unpacked.
+    # An archive of 35 KB, which takes 35 KB more when unpacked.
     assert 34 < len(mirror.archives[ZIPS["val"]]) / 1024 < 36
     mirror.part.parent.mkdir(parents=True)
-    mirror.part.write_bytes(mirror.archives[ZIPS["val"]][:have])
-    mirror.program("df", f"echo 'Filesystem blocks Used Available'; echo /dev/x 99 9 {free}")
+    mirror.part.write_bytes(mirror.archives[ZIPS["val"]][:downloaded])
+    mirror.add_program("df", f"echo 'Filesystem blocks Used Available'; echo /dev/x 99 9 {free}")
 
     done = mirror.run("download_coco.sh", "--only", "val")
 
     assert done.returncode == code
     assert len(error_lines(done)) == (code == 5)
-    assert bool(mirror.present()) is (code == 0)
-    assert code == 0 or mirror.part.stat().st_size == have
+    assert bool(mirror.files()) is (code == 0)
+    assert code == 0 or mirror.part.stat().st_size == downloaded
 
 
-def test_download_says_that_there_is_no_network(mirror: Mirror) -> None:
+def test_download_without_a_network_is_exit_code_5(mirror: Mirror) -> None:
     done = mirror.run("download_coco.sh", SEGTRAIN_COCO_URL="file:///nowhere")
 
     assert done.returncode == 5
     assert len(error_lines(done)) == 1
-    assert mirror.present() == {}
+    assert mirror.files() == {}
 
 
-def test_download_says_that_the_disk_is_full(mirror: Mirror) -> None:
-    mirror.program("unzip", "echo 'write error (disk full?)' >&2; exit 50")
+def test_download_with_a_full_disk_is_exit_code_5(mirror: Mirror) -> None:
+    mirror.add_program("unzip", "echo 'write error (disk full?)' >&2; exit 50")
 
     done = mirror.run("download_coco.sh", "--only", "val")
 
     assert done.returncode == 5
     assert len(error_lines(done)) == 1
-    assert mirror.present() == {}
+    assert mirror.files() == {}
 
 
-def test_two_downloads_do_not_write_into_the_same_file(mirror: Mirror, server: Server) -> None:
-    server.serve, server.stalls = [20_000], True
+def test_a_second_download_into_the_same_folder_is_refused(mirror: Mirror, server: Server) -> None:
+    server.limits, server.stall = [20_000], True
     first = mirror.start("download_coco.sh", "--only", "val")
     wait_until(lambda: mirror.part.exists() and mirror.part.stat().st_size)
 
@@ -961,14 +981,14 @@ def test_two_downloads_do_not_write_into_the_same_file(mirror: Mirror, server: S
     assert len(error_lines(second)) == 1
     assert len(server.ranges) == 1
     first.terminate()
-    first.communicate(timeout=FOREVER)
+    first.communicate(timeout=TIMEOUT)
 
 
 @pytest.mark.parametrize(
     "arguments",
     [["--only"], ["--only", "test"], ["--only="], ["--only", "val,,train"], ["-x"], ["a", "b"]],
 )
-def test_download_explains_its_usage(mirror: Mirror, arguments: list[str]) -> None:
+def test_download_shows_its_usage(mirror: Mirror, arguments: list[str]) -> None:
     done = mirror.run("download_coco.sh", *arguments)
 
     assert done.returncode == 2

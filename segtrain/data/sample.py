@@ -1,8 +1,8 @@
-"""What flows out of every data set, and what is known of it beforehand."""
+"""Samples, dataset metadata, and the dataset protocol."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, Protocol
@@ -10,24 +10,29 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from segtrain.types import Image, Mask
 
-def tolerated(total: int) -> int:
-    """How many broken annotations or pictures are left out and counted before it is an error.
+BackdropFn = Callable[[int], Image | None]
+"""From any number to an image without people, H W 3 uint8; None if there is none."""
 
-    A few in a hundred thousand are life, more than one in a hundred is a mistake.
+
+def max_bad_samples(total: int) -> int:
+    """Number of bad annotations or images to skip and count; more than this is an error.
+
+    Large datasets have a few bad samples in a hundred thousand. More than 1 % is a mistake.
     """
     return max(1, total // 100)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One picture with its truth.
+    """An image with its ground truth.
 
     image: H W 3 uint8 RGB. mask: H W uint8 in {0 background, 1 person, 255 ignore}.
     """
 
-    image: npt.NDArray[np.uint8]
-    mask: npt.NDArray[np.uint8]
+    image: Image
+    mask: Mask
     image_id: str
 
 
@@ -35,10 +40,11 @@ class Sample:
 class LabelRules:
     """How annotations become a mask.
 
-    crowd: what a crowd region is; "drop" leaves its picture out, elsewhere it is then ignored.
-    largest_only: only the largest person of a picture is one, the others are ignored.
-    min_person_area: a person that covers less of the frame than this share is ignored.
-    invert_masks: in folders of masks, white is background.
+    crowd: class of crowd regions; "drop" excludes the images that have one. Masks drawn under
+        "drop" ignore crowds.
+    largest_only: only the largest person of an image is a person; the others are ignored.
+    min_person_area: a person that covers less than this fraction of the frame is ignored.
+    invert_masks: white is background in folders of masks.
     """
 
     crowd: Literal["ignore", "person", "drop"] = "ignore"
@@ -48,18 +54,18 @@ class LabelRules:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Catalog:
-    """What is known of N pictures without decoding them; arrays of N rows.
+class DatasetIndex:
+    """Metadata of N images, available without decoding them; arrays of N rows.
 
     sizes: N 2 int32, height and width of the sample at its original resolution.
-    person_share: float32 in 0..1, share of the frame that is person in the mask.
-    num_people: int32, annotated people, also those that the rules ignore.
-    has_crowd: bool, whether there is a crowd region.
-    identities: uint64, the same for the same picture of the same data set, whatever its split.
+    person_fraction: float32 in 0..1, fraction of the frame that the mask marks as person.
+    num_people: int32, annotated people, including those that the rules ignore.
+    has_crowd: bool, whether the image has a crowd region.
+    identities: uint64, equal for the same image of the same dataset in any split.
     """
 
     sizes: npt.NDArray[np.int32]
-    person_share: npt.NDArray[np.float32]
+    person_fraction: npt.NDArray[np.float32]
     num_people: npt.NDArray[np.int32]
     has_crowd: npt.NDArray[np.bool_]
     identities: npt.NDArray[np.uint64]
@@ -67,69 +73,72 @@ class Catalog:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def take(self, indices: npt.NDArray[np.intp]) -> "Catalog":
-        """The rows at `indices`, in that order."""
-        return Catalog(**{f.name: getattr(self, f.name)[indices] for f in fields(self)})
+    def take(self, rows: npt.NDArray[np.intp]) -> "DatasetIndex":
+        """Select `rows`, in that order."""
+        return DatasetIndex(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @staticmethod
-    def joined(catalogs: "Sequence[Catalog]") -> "Catalog":
-        """All rows, one catalog after the other."""
-        return Catalog(
+    def concatenate(parts: "Sequence[DatasetIndex]") -> "DatasetIndex":
+        """Join the rows of all parts, in order."""
+        return DatasetIndex(
             **{
-                f.name: np.concatenate([getattr(catalog, f.name) for catalog in catalogs])
-                for f in fields(Catalog)
+                f.name: np.concatenate([getattr(part, f.name) for part in parts])
+                for f in fields(DatasetIndex)
             }
         )
 
 
-class Source(Protocol):
-    """A data set of pictures and masks."""
+class SegmentationDataset(Protocol):
+    """A dataset of images and masks."""
 
     @property
-    def catalog(self) -> Catalog: ...
+    def index(self) -> DatasetIndex: ...
 
     @property
     def skipped(self) -> Counter[str]:
-        """What was left out when the data set was opened: reason → how often."""
+        """What opening the dataset skipped: reason → count."""
         ...
 
     @property
     def notes(self) -> list[str]:
-        """Sentences about what was found that the user should know."""
+        """Observations about the data to show to the user."""
         ...
 
     def __len__(self) -> int: ...
 
     def sample(self, index: int, short_side: int | None = None) -> Sample:
-        """One picture and its mask.
+        """Load an image and its mask.
 
         Args:
-            short_side: both are scaled as `segtrain.images.scaled_size` says, which is far cheaper
-                than scaling the result; None gives the original resolution.
+            short_side: scale both by `segtrain.imaging.images.scaled_size`, which is far cheaper
+                than scaling the result; None keeps the original resolution.
 
         Raises:
-            DataError: this one picture is damaged.
+            DataError: this image is damaged.
         """
         ...
 
-    def picture_path(self, index: int) -> Path:
-        """The file of the picture, for messages."""
+    def image_path(self, index: int) -> Path:
+        """Path of the image file, for messages."""
         ...
 
-    def stem(self, index: int) -> str:
-        """The picture's name in its split, with plain slashes and without suffix."""
+    def name(self, index: int) -> str:
+        """Name of the image in its split, with forward slashes and without suffix."""
         ...
 
 
-def identity(*parts: str | int) -> int:
-    """64 bits that stand for a picture; collisions are a few in a billion billion pairs."""
+def identity_hash(*parts: str | int) -> int:
+    """Compute a 64-bit hash of an image's identity.
+
+    A few in a billion billion pairs collide.
+    """
     text = "\0".join(map(str, parts)).encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def manifest_hash(identities: Iterable[int], rules: LabelRules) -> str:
-    """16 hex digits: the same for the same pictures, in whatever order, under the same rules."""
+    """Compute 16 hex digits that are equal for the same images, in any order, and rules."""
     digest = hashlib.sha256(repr(rules).encode())
     digest.update(np.sort(np.asarray(identities, dtype=">u8")).tobytes())
     return digest.hexdigest()[:16]

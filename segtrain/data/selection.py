@@ -1,50 +1,43 @@
-"""Which pictures of a data set are taken: subsets as the literature uses them."""
+"""Select a subset of a dataset by person area, number of people, crowds, and negatives."""
 
 import numpy as np
 import numpy.typing as npt
 
-from segtrain.config import DataConfig
-from segtrain.data.sample import Catalog
+from segtrain.config.schema import DataConfig
+from segtrain.data.sample import DatasetIndex
 
 Indices = npt.NDArray[np.intp]
 
 
-def select(catalog: Catalog, config: DataConfig) -> Indices:
-    """Indices of the pictures that the configuration asks for, in their order.
+def select(index: DatasetIndex, config: DataConfig) -> Indices:
+    """Find the images that the configuration selects, in their original order.
 
-    `person_area` is a range for every picture, so it leaves out those without people unless
-    `negatives` says how many of them there should be. Which negatives are taken depends on their
-    identities alone: a larger share takes more of them and never others.
+    The range `person_area` applies to every image, so it excludes images without people unless
+    `negatives` sets their share. Which negatives are selected depends only on their identities: a
+    larger share adds negatives and never replaces any.
+
+    Returns:
+        Ascending row numbers of `index`.
     """
-    wanted = np.ones(len(catalog), dtype=bool)
-    negative = is_negative(catalog)
+    selected = np.ones(len(index), dtype=bool)
+    negative = is_negative(index)
     if config.person_area is not None:
-        smallest, largest = config.person_area
-        in_range = (catalog.person_share >= smallest) & (catalog.person_share <= largest)
-        wanted &= in_range if config.negatives is None else in_range | negative
+        low, high = config.person_area
+        in_range = (index.person_fraction >= low) & (index.person_fraction <= high)
+        selected &= in_range if config.negatives is None else in_range | negative
     if config.max_people is not None:
-        wanted &= catalog.num_people <= config.max_people
+        selected &= index.num_people <= config.max_people
     if config.crowd == "drop":
-        wanted &= ~catalog.has_crowd
+        selected &= ~index.has_crowd
     if config.negatives is not None:
-        wanted[_too_many(catalog, negative & wanted, config.negatives, wanted)] = False
-    return np.flatnonzero(wanted)
+        num_positives = int((selected & ~negative).sum())
+        max_negatives = round(num_positives * config.negatives / (1 - config.negatives))
+        negatives = np.flatnonzero(selected & negative)
+        by_identity = negatives[np.argsort(index.identities[negatives], kind="stable")]
+        selected[by_identity[max_negatives:]] = False
+    return np.flatnonzero(selected)
 
 
-def is_negative(catalog: Catalog) -> npt.NDArray[np.bool_]:
-    """Which pictures show nobody, N bool."""
-    return np.asarray((catalog.num_people == 0) & ~catalog.has_crowd)
-
-
-def _too_many(
-    catalog: Catalog,
-    negative: npt.NDArray[np.bool_],
-    share: float,
-    wanted: npt.NDArray[np.bool_],
-) -> Indices:
-    """The negatives beyond a share of all pictures that are wanted."""
-    num_others = int((wanted & ~negative).sum())
-    most = round(num_others * share / (1 - share))
-    candidates = np.flatnonzero(negative)
-    in_lots = candidates[np.argsort(catalog.identities[candidates], kind="stable")]
-    return in_lots[most:]
+def is_negative(index: DatasetIndex) -> npt.NDArray[np.bool_]:
+    """Mark the images without people and crowds, N bool."""
+    return np.asarray((index.num_people == 0) & ~index.has_crowd)

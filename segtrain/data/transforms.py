@@ -1,13 +1,15 @@
-"""Random changes of training pictures, on bytes. The only place that imports albumentations.
+"""Random augmentation of training images, on bytes. The only module that imports albumentations.
 
-Each draw depends on (seed, epoch, index) alone, so that worker processes and resumed runs see the
-same pictures. The picture comes scaled already: a source that knows the scale decodes less.
+Each draw depends only on (seed, epoch, index), so worker processes and resumed runs see the same
+images. The input is already scaled: given the scale, a dataset decodes fewer pixels.
 """
 
 import os
 import random
 
-# albumentations asks the network for its newest version when it is imported; nothing here does.
+from segtrain.types import Image, Mask
+
+# albumentations checks online for a new version on import; segtrain makes no network request.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 from collections.abc import Callable
@@ -19,29 +21,28 @@ import cv2
 import numpy as np
 from albumentations.augmentations.geometric.distortion import BaseDistortion
 
-from segtrain.classes import BACKGROUND, IGNORE, PERSON
-from segtrain.config import DataConfig
-from segtrain.data.sample import Sample
-from segtrain.images import Pixels, resize_image
+from segtrain.config.schema import DataConfig
+from segtrain.data.sample import BackdropFn, Sample
+from segtrain.imaging.images import resize_image
+from segtrain.types import BACKGROUND, IGNORE, PERSON
 
 Augment = Literal["paper", "standard", "strong", "elastic"]
-Backdrop = Callable[[int], Pixels | None]
 
-# What lies beyond a picture: the mean of ImageNet, which the networks see as zero.
+# Fill color outside an image: the mean of ImageNet, which networks see as zero.
 _FILL = (124.0, 116.0, 104.0)
-# A square turned by 20 degrees reaches a seventh of its side further; bending adds to that.
+# A square rotated by 20 degrees extends by a seventh of its side; elastic deformation adds to that.
 _MARGIN = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What is done to a picture after it was scaled and cropped, in this order.
+    """Augmentations of a scaled and cropped image, in this order.
 
-    scale: range of the short side before the crop, in crops.
-    margin: pixels that `geometry` gets on each side of the crop and has to take away again.
-    geometry: moves image and mask together.
-    paste: probability that the people are put on a picture without people.
-    pixels: changes the image alone, but for holes, which the mask ignores.
+    scale: range of the short side before the crop, relative to the crop.
+    margin: pixels on each side of the crop that `geometry` receives and has to crop away.
+    geometry: transforms of image and mask.
+    paste: probability of pasting the people on an image without people.
+    pixels: transforms of the image alone, except for holes, which the mask ignores.
     """
 
     scale: tuple[float, float]
@@ -57,29 +58,29 @@ def paper(size: int) -> Preset:
 
 
 def standard(size: int) -> Preset:
-    """Larger and smaller people, other light, and what cameras and the web do to photos."""
-    return Preset(scale=(0.5, 2.0), geometry=[A.HorizontalFlip(p=0.5)], pixels=_photography())
+    """Random scale and crop, horizontal flip, color jitter, blur, and JPEG compression."""
+    return Preset(scale=(0.5, 2.0), geometry=[A.HorizontalFlip(p=0.5)], pixels=_photometric())
 
 
 def strong(size: int) -> Preset:
-    """`standard`, and turned, bent, grayed, with holes, and on other backgrounds.
+    """`standard`, with rotation, elastic deformation, grayscale, holes, and other backgrounds.
 
-    Bent as in Ronneberger et al. 2015 (arXiv 1505.04597, section 3.1). Holes: DeVries and Taylor
-    2017 (arXiv 1708.04552); here the mask ignores them, for nobody can see what they hide. People
-    on other backgrounds: Ghiasi et al. 2021 (arXiv 2012.07177).
+    Elastic deformation: Ronneberger et al. 2015 (arXiv 1505.04597, section 3.1). Holes: DeVries and
+    Taylor 2017 (arXiv 1708.04552); the mask ignores them here, because their content cannot be
+    seen. People pasted on other backgrounds: Ghiasi et al. 2021 (arXiv 2012.07177).
     """
     return Preset(
         scale=(0.5, 2.0),
         margin=round(size * _MARGIN),
         geometry=[
-            _turn(),
-            _Bend(size / 40, p=0.3),
+            _rotate(),
+            _ElasticDeform(size / 40, p=0.3),
             A.CenterCrop(size, size),
             A.HorizontalFlip(p=0.5),
         ],
         paste=0.3,
         pixels=[
-            *_photography(),
+            *_photometric(),
             A.ToGray(p=0.1),
             A.CoarseDropout(
                 num_holes_range=(1, 4),
@@ -94,13 +95,13 @@ def strong(size: int) -> Preset:
 
 
 def elastic(size: int) -> Preset:
-    """Turned, bent and with other gray values (Ronneberger et al. 2015, section 3.1)."""
+    """Rotation, elastic deformation, gray values (Ronneberger et al. 2015, section 3.1)."""
     return Preset(
         scale=(1.0, 1.5),
         margin=round(size * _MARGIN),
         geometry=[
-            _turn(),
-            _Bend(size / 40, p=0.9),
+            _rotate(),
+            _ElasticDeform(size / 40, p=0.9),
             A.CenterCrop(size, size),
             A.HorizontalFlip(p=0.5),
         ],
@@ -116,14 +117,14 @@ PRESETS: dict[str, Callable[[int], Preset]] = {
 }
 
 
-def _turn() -> A.BasicTransform:
+def _rotate() -> A.BasicTransform:
     return A.Affine(
         rotate=(-20, 20), border_mode=cv2.BORDER_CONSTANT, fill=_FILL, fill_mask=IGNORE, p=0.5
     )
 
 
-def _photography() -> list[A.BasicTransform]:
-    """Light and colour, now and then out of focus or compressed."""
+def _photometric() -> list[A.BasicTransform]:
+    """Color jitter, and sometimes blur or JPEG compression."""
     return [
         A.ColorJitter(
             brightness=(0.7, 1.3),
@@ -137,11 +138,11 @@ def _photography() -> list[A.BasicTransform]:
     ]
 
 
-class _Bend(BaseDistortion):  # type: ignore[misc]  # albumentations carries no types
-    """Elastic deformation: a 3 x 3 grid of random shifts, bicubic in between.
+class _ElasticDeform(BaseDistortion):  # type: ignore[misc]  # albumentations has no types
+    """Elastic deformation by a 3 x 3 grid of random shifts with bicubic interpolation.
 
-    Ronneberger et al. 2015, section 3.1. albumentations' own elastic transforms draw a shift for
-    every pixel or warp the whole picture once a cell, which takes ten times as long.
+    Ronneberger et al. 2015, section 3.1. The elastic transforms of albumentations draw a shift for
+    every pixel or warp the whole image once per cell, which takes ten times as long.
 
     Args:
         sigma: standard deviation of the shifts, pixels.
@@ -163,7 +164,7 @@ class _Bend(BaseDistortion):  # type: ignore[misc]  # albumentations carries no 
     def get_params_dependent_on_data(
         self, params: dict[str, Any], data: dict[str, Any]
     ) -> dict[str, Any]:
-        """Where each pixel comes from, as cv2.remap wants it."""
+        """Compute the source coordinates of each pixel for cv2.remap."""
         height, width = params["shape"][:2]
         grid = self.random_generator.normal(0, self.sigma, (3, 3, 2)).astype(np.float32)
         shifts = cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -177,9 +178,10 @@ class TrainTransform:
     Args:
         image_size: side of the crop, pixels.
         augment: a key of PRESETS.
-        scale: range of the short side before the crop, in crops; None takes the preset's own.
-        whole: no crop; without a `scale` the short side is `image_size`. Not with strong
-            and elastic, whose crops belong to them.
+        scale: range of the short side before the crop, relative to the crop; None uses the range of
+            the preset.
+        whole: do not crop; without `scale`, the short side is `image_size`. Not for strong and
+            elastic, which need their crops.
     """
 
     def __init__(
@@ -197,10 +199,10 @@ class TrainTransform:
         self._pixels = A.Compose(self._preset.pixels) if self._preset.pixels else None
 
     def short_side(self, *, seed: int, epoch: int, index: int) -> int:
-        """The scale for this picture: its short side in pixels, before the call."""
-        smallest, largest = self.scale
-        lot = _lots(seed, epoch, index)[0] / 2**32
-        return round(self.image_size * (smallest + (largest - smallest) * lot))
+        """Draw the short side in pixels to which this image is scaled before the call."""
+        low, high = self.scale
+        fraction = _draws(seed, epoch, index)[0] / 2**32
+        return round(self.image_size * (low + (high - low) * fraction))
 
     def __call__(
         self,
@@ -209,100 +211,106 @@ class TrainTransform:
         seed: int,
         epoch: int,
         index: int,
-        backdrop: Backdrop | None = None,
+        backdrop: BackdropFn | None = None,
     ) -> Sample:
-        """A scaled picture of any H W → image_size image_size, both uint8, in memory of their own.
+        """Augment a scaled sample of any H W.
 
-        With `whole` it keeps its H W. Beyond the picture the image has one colour and the mask says
-        ignore. `sample` stays as it is.
+        Outside the image the result has one fill color and the mask is ignored. `sample` is not
+        modified.
 
         Args:
-            backdrop: gives a picture without people for any number, or None where there is none.
+            backdrop: loads an image without people to paste the people on.
+
+        Returns:
+            image_size image_size, or H W if `whole`, uint8, in newly allocated memory.
         """
-        _, top, left, geometry_seed, paste, place, pixel_seed = _lots(seed, epoch, index)
+        draws = _draws(seed, epoch, index)
+        _, top, left, geometry_seed, paste_draw, backdrop_number, pixel_seed = draws
         image, mask = sample.image, sample.mask
         if not self.whole:
-            image, mask = self._cropped(sample, top, left)
-        image, mask = _applied(self._geometry, geometry_seed, image, mask)
-        if backdrop is not None and paste < self._preset.paste * 2**32 and (mask == PERSON).any():
-            behind = backdrop(place)
+            image, mask = self._random_crop(sample, top, left)
+        image, mask = _apply(self._geometry, geometry_seed, image, mask)
+        should_paste = paste_draw < self._preset.paste * 2**32
+        if backdrop is not None and should_paste and (mask == PERSON).any():
+            behind = backdrop(backdrop_number)
             if behind is not None:
-                image, mask = _pasted(image, mask, _cover(behind, self.image_size, place))
+                behind = _backdrop_crop(behind, self.image_size, backdrop_number)
+                image = _paste_people(image, mask, behind)
         if self._pixels is not None:
-            image, mask = _applied(self._pixels, pixel_seed, image, mask)
+            image, mask = _apply(self._pixels, pixel_seed, image, mask)
         return Sample(image=image.copy(), mask=mask.copy(), image_id=sample.image_id)
 
-    def _cropped(self, sample: Sample, top_lot: int, left_lot: int) -> tuple[Pixels, Pixels]:
-        """A random square and the margin around it.
+    def _random_crop(self, sample: Sample, top_draw: int, left_draw: int) -> tuple[Image, Mask]:
+        """Crop a random square with its margin.
 
-        By hand and not by albumentations, whose padding would hide what lies beside the crop.
+        Not by albumentations, whose padding would hide the pixels beside the crop.
         """
         height, width = sample.mask.shape
         margin = self._preset.margin
-        top = _start(height, self.image_size, top_lot) - margin
-        left = _start(width, self.image_size, left_lot) - margin
+        top = _crop_start(height, self.image_size, top_draw) - margin
+        left = _crop_start(width, self.image_size, left_draw) - margin
         side = self.image_size + 2 * margin
-        image = _square(sample.image, top, left, side, _FILL)
-        return image, _square(sample.mask, top, left, side, (IGNORE,))
+        image = _padded_crop(sample.image, top, left, side, _FILL)
+        return image, _padded_crop(sample.mask, top, left, side, (IGNORE,))
 
 
 def train_transform(config: DataConfig) -> TrainTransform:
-    """The configured transform of training pictures."""
+    """Build the configured transform of training images."""
     return TrainTransform(config.image_size, config.augment, config.scale, whole=config.whole)
 
 
-def _lots(seed: int, epoch: int, index: int) -> list[int]:
-    """Numbers in 0..2**32 for: scale, top, left, geometry, whether to paste, on what, pixels."""
+def _draws(seed: int, epoch: int, index: int) -> list[int]:
+    """Draw integers below 2**32: scale, top, left, geometry, pasting, backdrop, pixels."""
     return np.random.SeedSequence([seed, epoch, index]).generate_state(7).tolist()  # type: ignore[no-any-return]
 
 
-def _start(length: int, side: int, lot: int) -> int:
-    """Where a crop begins: all of it inside, or a length that is shorter anywhere in it."""
+def _crop_start(length: int, side: int, draw: int) -> int:
+    """Scale a draw to the start of a crop inside the length, or around it if it is shorter."""
     spare = length - side
-    return min(0, spare) + (lot * (abs(spare) + 1) >> 32)
+    return min(0, spare) + (draw * (abs(spare) + 1) >> 32)
 
 
-def _square(picture: Pixels, top: int, left: int, side: int, fill: tuple[float, ...]) -> Pixels:
-    """A window of H W or H W 3 that may reach beyond it on every side: there it is `fill`."""
-    height, width = picture.shape[:2]
+def _padded_crop(image: Image, top: int, left: int, side: int, fill: tuple[float, ...]) -> Image:
+    """Crop a square of H W or H W 3 that may extend beyond the image, padded with `fill`."""
+    height, width = image.shape[:2]
     bottom, right = top + side, left + side
-    inside = picture[max(0, top) : bottom, max(0, left) : right]
-    above, below = max(0, -top), max(0, bottom - height)
-    before, behind = max(0, -left), max(0, right - width)
-    if not (above or below or before or behind):
+    inside = image[max(0, top) : bottom, max(0, left) : right]
+    pad_top, pad_bottom = max(0, -top), max(0, bottom - height)
+    pad_left, pad_right = max(0, -left), max(0, right - width)
+    if not (pad_top or pad_bottom or pad_left or pad_right):
         return inside
     padded = cv2.copyMakeBorder(
-        inside, above, below, before, behind, cv2.BORDER_CONSTANT, value=fill
+        inside, pad_top, pad_bottom, pad_left, pad_right, cv2.BORDER_CONSTANT, value=fill
     )
     return np.asarray(padded, dtype=np.uint8)
 
 
-def _applied(compose: A.Compose, seed: int, image: Pixels, mask: Pixels) -> tuple[Pixels, Pixels]:
-    # For every picture, since albumentations' own seeds are the same in every worker and epoch. And
-    # by state: set_random_seed gives each transform a generator of the same seed, and whatever is
-    # mirrored would be turned, too.
+def _apply(compose: A.Compose, seed: int, image: Image, mask: Mask) -> tuple[Image, Mask]:
+    # Seed for every image, because the seeds of albumentations are equal in all workers and epochs.
+    # set_random_seed would give each transform a generator with the same seed, so that a flipped
+    # image would always be rotated, too; set_random_state shares one generator.
     compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
     changed = compose(image=image, mask=mask)
     return changed["image"], changed["mask"]
 
 
-def _cover(picture: Pixels, side: int, seed: int) -> Pixels:
-    """A random square of a picture, enlarged where the picture is smaller."""
-    draws = np.random.default_rng(seed)
-    height, width = picture.shape[:2]
-    # Cropped before it is enlarged: all of a long strip would take hundreds of megabytes.
+def _backdrop_crop(image: Image, side: int, seed: int) -> Image:
+    """Crop a random square, upsampled if the image is smaller."""
+    rng = np.random.default_rng(seed)
+    height, width = image.shape[:2]
+    # Crop before upsampling: a whole long strip would take hundreds of megabytes.
     window = min(side, height, width)
-    top, left = (int(draws.integers(length - window + 1)) for length in (height, width))
-    return resize_image(picture[top : top + window, left : left + window], (side, side))
+    top, left = (int(rng.integers(length - window + 1)) for length in (height, width))
+    return resize_image(image[top : top + window, left : left + window], (side, side))
 
 
-def _pasted(image: Pixels, mask: Pixels, behind: Pixels) -> tuple[Pixels, Pixels]:
-    """The people of `image` over another picture of the same size.
+def _paste_people(image: Image, mask: Mask, backdrop: Image) -> Image:
+    """Replace the background of `image` by another image of the same size.
 
-    The edge is blended over a pixel, or networks learn to find the seam. Ignored pixels stay as
-    they are, for some of them are people, too.
+    The edge is blended over a pixel; otherwise networks learn to find the seam. Ignored pixels
+    stay, because some of them are people, too.
     """
-    kept = (mask != BACKGROUND).astype(np.float32)
-    alpha = cv2.blur(kept, (3, 3))
-    blended = cv2.blendLinear(image, np.ascontiguousarray(behind), alpha, 1 - alpha)
-    return np.asarray(blended, dtype=np.uint8), mask
+    foreground = (mask != BACKGROUND).astype(np.float32)
+    alpha = cv2.blur(foreground, (3, 3))
+    blended = cv2.blendLinear(image, np.ascontiguousarray(backdrop), alpha, 1 - alpha)
+    return np.asarray(blended, dtype=np.uint8)

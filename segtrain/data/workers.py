@@ -1,4 +1,4 @@
-"""The processes that load pictures: how they begin, what they survive, how their end is told."""
+"""Data loader workers: how many, how they start, and how their failures are reported."""
 
 import atexit
 import multiprocessing
@@ -18,162 +18,167 @@ import cv2
 from torch.utils.data import Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from segtrain.cores import usable_cores
-from segtrain.data.sample import Sample, Source
+from segtrain.data.sample import Sample, SegmentationDataset
 from segtrain.errors import ResourceError
-from segtrain.stopping import SIGNALS
+from segtrain.runtime.cpu import available_cpus
+from segtrain.runtime.signals import SIGNALS
 
-# Batches that a worker has ready, or is making, at any time.
-BATCHES_A_WORKER = 2
+# Batches that a worker holds or prepares at any time.
+BATCHES_PER_WORKER = 2
 _SHARED_MEMORY = Path("/dev/shm")
 
-# A picture that cannot be read travels as its message: an exception would end the worker.
-Item = Sample | str
+SampleOrError = Sample | str
+"""A sample, or the error message of an unreadable image: an exception would end the worker."""
 
 
-class Images(Protocol):
-    """Pictures of a data set by index, or by (epoch, index)."""
+class SampleLoader(Protocol):
+    """Samples of a dataset by index or by (epoch, index)."""
 
-    source: Source
+    dataset: SegmentationDataset
 
-    def __getitem__(self, key: Any, /) -> Item: ...
+    def __getitem__(self, key: Any, /) -> SampleOrError: ...
 
 
 def resolve_workers(workers: int | Literal["auto"]) -> int:
-    """auto: a process for every second core that this process may use, at most 8."""
+    """Return the number of workers; "auto" is one per two cores of this process, at most 8."""
     if workers == "auto":
-        return min(8, max(1, usable_cores() // 2))
+        return min(8, max(1, available_cpus() // 2))
     return workers
 
 
-def check_shared_memory(workers: int, num_batches: int, *, bytes_a_batch: int) -> None:
-    """Make sure that the batches that worker processes have ready fit into shared memory.
+def check_shared_memory(workers: int, num_batches: int, *, bytes_per_batch: int) -> None:
+    """Check that the batches that workers hold fit into shared memory.
 
     Args:
-        num_batches: of an epoch.
-        bytes_a_batch: of a full one, at least.
+        num_batches: batches of an epoch.
+        bytes_per_batch: lower bound for a full batch.
 
     Raises:
-        ResourceError: they do not; in the midst of the training a batch would get lost, or the
-            worker be killed.
+        ResourceError: they do not fit. During training, a batch would be lost or a worker killed.
     """
     if not workers or not _SHARED_MEMORY.is_dir():
         return
-    needed = min(workers * BATCHES_A_WORKER, num_batches) * bytes_a_batch
+    needed = min(workers * BATCHES_PER_WORKER, num_batches) * bytes_per_batch
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if free < needed:
         raise ResourceError(
-            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, the batches of {workers} loader "
-            f"processes need {needed / 1e6:.0f}; use --workers 0, or docker run --shm-size=8g"
+            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, but the batches of {workers} loader "
+            f"processes need {needed / 1e6:.0f} MB",
+            "use --workers 0, or docker run --shm-size=8g",
         )
 
 
-class Watched(Dataset[Item]):
-    """Pictures of which each worker process notes where it is, for when it dies there.
+class WorkerTracker(Dataset[SampleOrError]):
+    """Records which image each worker is loading, to name it if the worker dies or hangs.
 
-    at: a row a worker, its pid, the index (-1: between two pictures), and when it began with it in
-        milliseconds.
+    Attributes:
+        progress: one row per worker: its pid, the index (-1 between two images), and the start
+            time of the image in milliseconds.
     """
 
-    def __init__(self, images: Images, workers: int) -> None:
-        self.images = images
-        self.at = [multiprocessing.RawArray("q", [0, -1, 0]) for _ in range(workers)]
+    def __init__(self, samples: SampleLoader, workers: int) -> None:
+        self.samples = samples
+        self.progress = [multiprocessing.RawArray("q", [0, -1, 0]) for _ in range(workers)]
 
-    def __getitem__(self, key: Any) -> Item:
+    def __getitem__(self, key: Any) -> SampleOrError:
         worker = get_worker_info()
         if worker is None:
-            return self.images[key]
+            return self.samples[key]
         index = key[1] if isinstance(key, tuple) else key
-        self.at[worker.id][:] = (os.getpid(), index, int(time.monotonic() * 1000))
-        item = self.images[key]
-        self.at[worker.id][1] = -1
-        return item
+        self.progress[worker.id][:] = (os.getpid(), index, int(time.monotonic() * 1000))
+        sample = self.samples[key]
+        self.progress[worker.id][1] = -1
+        return sample
 
     def suspect(self) -> Path | None:
-        """The picture that a worker died at or hangs at; None where it was between two."""
+        """Return the image at which a worker died or hangs; None if it was between two images."""
         alive = {child.pid for child in multiprocessing.active_children()}
-        rows = [tuple(row) for row in self.at if row[1] >= 0]
+        rows = [tuple(row) for row in self.progress if row[1] >= 0]
         dead = [row for row in rows if row[0] not in alive]
         if not rows:
             return None
-        # Of several the one that has been at its picture for the longest hangs.
+        # If all are alive, the one with the oldest start time hangs.
         _, index, _ = min(dead or rows, key=lambda row: row[2])
-        return self.images.source.picture_path(index)
+        return self.samples.dataset.image_path(index)
 
-    def end_workers(self) -> None:
-        """One that hangs does not look at its queue, and SIGTERM, which torch sends, is blocked."""
+    def kill_workers(self) -> None:
+        """Kill the workers of this tracker.
+
+        A worker that hangs does not read its queue, and it blocks SIGTERM, which torch sends.
+        """
         for child in multiprocessing.active_children():
-            if child.pid in {row[0] for row in self.at}:
+            if child.pid in {row[0] for row in self.progress}:
                 child.kill()
 
 
 @contextmanager
-def worker_errors(*watched: Watched) -> Iterator[None]:
-    """Make a ResourceError of the death or silence of a worker process.
+def worker_errors(*trackers: WorkerTracker) -> Iterator[None]:
+    """Convert the death or timeout of a worker into a ResourceError.
 
-    torch tells of a dead worker by a signal, so wherever the main process is at that moment: put
-    this around whatever is done with the batches, too.
+    torch reports a dead worker by a signal, which can raise anywhere in the main process. So wrap
+    the code that uses the batches, too.
 
     Args:
-        watched: the pictures whose workers it may be; they know which was the last.
+        trackers: the trackers of all loaders that may have workers; they name the last image.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch says "Caught RuntimeError in DataLoader worker" of a bug in here.
         if str(error).startswith("Caught MemoryError in DataLoader worker"):
             raise ResourceError(
-                "a loader process has no memory left; try fewer --workers or a smaller batch"
+                "a loader process ran out of memory", "try fewer --workers or a smaller batch"
             ) from error
+        # A bug in this package starts with "Caught RuntimeError in DataLoader worker".
         if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
             raise
-        raise _lost_worker(*watched) from error
+        raise _lost_worker_error(*trackers) from error
 
 
 @contextmanager
-def connection_errors(watched: Watched) -> Iterator[None]:
-    """As `worker_errors`, where a batch was just being fetched from the worker that died."""
+def connection_errors(tracker: WorkerTracker) -> Iterator[None]:
+    """Like `worker_errors`, for a worker that dies while its batch is being fetched."""
     try:
         yield
     except (ConnectionError, EOFError, FileNotFoundError) as error:
-        if not watched.at or "in DataLoader worker" in str(error):
+        if not tracker.progress or "in DataLoader worker" in str(error):
             raise
-        raise _lost_worker(watched) from error
+        raise _lost_worker_error(tracker) from error
 
 
-def _lost_worker(*watched: Watched) -> ResourceError:
-    _hear_no_more()
-    suspects = [path for images in watched if (path := images.suspect()) is not None]
+def _lost_worker_error(*trackers: WorkerTracker) -> ResourceError:
+    _ignore_dead_workers()
+    suspects = [path for tracker in trackers if (path := tracker.suspect()) is not None]
     at = f" at {suspects[0]}" if suspects else ""
-    for images in watched:
-        images.end_workers()
+    for tracker in trackers:
+        tracker.kill_workers()
     return ResourceError(
-        f"a loader process died or hangs{at}, perhaps for lack of memory or /dev/shm; "
-        "try --workers 0 or a smaller batch"
+        f"a loader process died or hangs{at}, perhaps because memory or /dev/shm is full",
+        "try --workers 0 or a smaller batch",
     )
 
 
-def _hear_no_more() -> None:
-    """Of workers that have died: each one's end would raise the same error again, wherever.
+def _ignore_dead_workers() -> None:
+    """Stop torch from reporting dead workers: each death would raise the same error again.
 
-    torch begins to listen again with the next loader.
+    torch installs its handler again with the next loader.
     """
     if threading.current_thread() is not threading.main_thread():
-        return  # torch does not listen there, either
+        return  # torch installs no handler there, either
     for _ in range(2):
-        # A signal that is waiting is delivered first, and raises.
+        # A pending signal is delivered first, and raises.
         with suppress(RuntimeError):
             signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal_handling._SIGCHLD_handler_set = False
 
 
 @contextmanager
-def deaf_children() -> Iterator[None]:
-    """Let processes that are made within never hear of what asks for an end.
+def block_signals() -> Iterator[None]:
+    """Block SIGINT, SIGTERM and SIGUSR1 in processes that are started inside.
 
-    Ctrl-C and schedulers signal all processes of a job. A worker has to live on until its parent
-    has saved and ends it by the queue; one without a parent ends by itself. It inherits this from
-    its first moment: whatever it did by itself would come too late for a signal while it starts.
+    Ctrl-C and schedulers signal all processes of a job. A worker has to survive until its parent
+    has saved and ends it through the queue; a worker whose parent is gone ends by itself. Workers
+    inherit the mask from their first moment: a handler that they install themselves would be too
+    late for a signal during their start.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -182,24 +187,28 @@ def deaf_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_workers() -> None:
-    # One that hangs does not look at its queue, and SIGTERM, which Python would send, is blocked.
+def _kill_children() -> None:
+    # A worker that hangs does not read its queue, and it blocks SIGTERM, which Python would send.
     for child in multiprocessing.active_children():
         child.kill()
 
 
-atexit.register(_end_workers)
+atexit.register(_kill_children)
 
 
 def begin_worker(worker: int) -> None:
-    os.setpgid(0, 0)  # a terminal that is closed signals its group, too
+    """Initialize a worker process."""
+    os.setpgid(0, 0)  # closing a terminal signals its whole process group
     cv2.setNumThreads(0)
-    sys.excepthook = _tell_of_other_than_lost_connections
+    sys.excepthook = _ignore_lost_connections
 
 
-def _tell_of_other_than_lost_connections(
+def _ignore_lost_connections(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """multiprocessing's thread in a worker tells of each batch that its parent no longer wants."""
+    """Report exceptions except lost connections.
+
+    multiprocessing's thread in a worker raises one for each batch that the parent has discarded.
+    """
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, traceback)

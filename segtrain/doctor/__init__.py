@@ -1,4 +1,4 @@
-"""A minute of preflight before hours of training: what would make it fail, and the repair.
+"""Preflight checks of the machine and the data, each with a fix.
 
-Nothing here imports OpenCV, or what needs it, before `opencv.py` has said that it works.
+No module imports OpenCV, or a module that needs it, before `opencv.py` has checked that it works.
 """

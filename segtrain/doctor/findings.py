@@ -1,26 +1,26 @@
-"""What the doctor found, and the error that a script should end with."""
+"""Findings of the checks, and the exit code that follows from them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from segtrain.errors import DataError, ResourceError
+from segtrain.errors import DataError, ResourceError, UserError
 
 Level = Literal["ok", "note", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("ok", "note", "warning", "error")
 
 WARNINGS_EXIT_CODE = 10
 
-# What a check says: how bad it is, what was found, and the repair or "".
-Verdict = tuple[Level, str, str]
+CheckResult = tuple[Level, str, str]
+"""Level, message, and remedy; the remedy may be ""."""
 
-Examined = TypeVar("Examined")
+Subject = TypeVar("Subject")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the diagnosis.
+    """One row of the diagnosis.
 
     check: a short key that stays the same from version to version.
     message, remedy: one line each; the remedy is "" where nothing needs to be done.
@@ -34,18 +34,18 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """All that was found.
+    """All findings.
 
-    facts: versions, GPUs, disks, ...; plain types by name.
-    data: of each split what was opened and looked at; plain types.
-    pictures: paths of the pictures that were written.
+    environment: versions, GPUs, disks, ...; plain types by name.
+    data: by split, what was opened and scanned; plain types.
+    images: paths of the written images.
     """
 
-    facts: Mapping[str, Any]
+    environment: Mapping[str, Any]
     data: Mapping[str, Any]
     environment_findings: list[Finding]
     data_findings: list[Finding]
-    pictures: list[str]
+    images: list[str]
 
     @property
     def findings(self) -> list[Finding]:
@@ -53,13 +53,13 @@ class Diagnosis:
 
     @property
     def counts(self) -> dict[Level, int]:
-        """How many findings there are of each level."""
-        found = Counter(finding.level for finding in self.findings)
-        return {level: found[level] for level in LEVELS}
+        """Number of findings per level."""
+        counter = Counter(finding.level for finding in self.findings)
+        return {level: counter[level] for level in LEVELS}
 
     @property
     def exit_code(self) -> int:
-        """0 where all is well; for errors that of the error raised by `raise_error`."""
+        """0 without warnings and errors; with errors, that of the error `raise_error` raises."""
         if _errors(self.environment_findings):
             return ResourceError.exit_code
         if _errors(self.data_findings):
@@ -67,24 +67,29 @@ class Diagnosis:
         return WARNINGS_EXIT_CODE if self.counts["warning"] else 0
 
     def raise_error(self) -> None:
-        """Raises ResourceError for the first error of the environment, else DataError for data."""
+        """Raise ResourceError for the first environment error, else DataError for a data error."""
         for findings, error in (
             (self.environment_findings, ResourceError),
             (self.data_findings, DataError),
         ):
             if errors := _errors(findings):
                 more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-                remedy = f"; {errors[0].remedy}" if errors[0].remedy else ""
-                raise error(f"{errors[0].message}{more}{remedy}")
+                raise error(f"{errors[0].message}{more}", errors[0].remedy)
 
 
 def run_checks(
-    checks: Mapping[str, Callable[[Examined], Iterable[Verdict]]], examined: Examined
+    checks: Mapping[str, Callable[[Subject], Iterable[CheckResult]]], subject: Subject
 ) -> Iterator[Finding]:
-    """The verdicts of every check under its name; a check with nothing to say gives none."""
+    """Yield the results of every check, with the check's name."""
     for name, check in checks.items():
-        for level, message, remedy in check(examined):
+        for level, message, remedy in check(subject):
             yield Finding(level=level, check=name, message=message, remedy=remedy)
+
+
+def finding_from_error(check: str, error: UserError) -> Finding:
+    """Convert an exception to a finding; its hint becomes the remedy."""
+    message, _, remedy = str(error).partition("; ")
+    return Finding(level="error", check=check, message=message, remedy=remedy)
 
 
 def _errors(findings: Iterable[Finding]) -> list[Finding]:

@@ -1,8 +1,7 @@
-"""Whether OpenCV works. Imports nothing that needs it.
+"""Check that OpenCV works. Imports nothing that needs it.
 
-Four wheels put their files into the same `cv2` folder. With two of them installed one overwrites
-the other's files, and removing either breaks both; the two with windows need libGL, which servers
-lack.
+Four wheels install into the same `cv2` folder. With two of them, one overwrites the other's files,
+and uninstalling either breaks both. The two wheels with windows need libGL, which servers lack.
 """
 
 import importlib.metadata
@@ -10,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from segtrain.doctor.findings import Verdict
+from segtrain.doctor.findings import CheckResult
 
 _WHEELS = frozenset(
     {
@@ -20,22 +19,22 @@ _WHEELS = frozenset(
         "opencv-contrib-python-headless",
     }
 )
-_IMPORT_SECONDS = 60
+_IMPORT_TIMEOUT_SECONDS = 60
 
 
-def check_opencv() -> Iterator[Verdict]:
-    """Exactly one wheel, and it can be imported."""
+def check_opencv() -> Iterator[CheckResult]:
+    """Exactly one wheel is installed, and cv2 imports."""
     wheels = _installed_wheels()
-    repair = (
+    remedy = (
         f"pip uninstall -y {' '.join(wheels or ['opencv-python-headless'])}; "
         "pip install opencv-python-headless"
     )
     version, problem = _try_import()
     if len(wheels) > 1:
         state = "cv2 does not even import" if problem else "cv2 may break at any time"
-        yield "error", f"{' and '.join(wheels)} share one cv2 folder: {state}", repair
+        yield "error", f"{' and '.join(wheels)} share one cv2 folder: {state}", remedy
     elif problem:
-        yield "error", f"cv2 cannot be imported: {problem}", repair
+        yield "error", f"cannot import cv2: {problem}", remedy
     else:
         yield "ok", f"OpenCV {version}", ""
 
@@ -49,21 +48,21 @@ def _installed_wheels() -> list[str]:
 
 
 def _try_import() -> tuple[str, str]:
-    """OpenCV's version and what is wrong with it, one of them empty.
+    """OpenCV's version and the import error; one of them is empty.
 
-    In a process of its own: a broken library can end the process that loads it.
+    Runs in a subprocess, because a broken library can crash the process that loads it.
     """
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", "import cv2; print(cv2.__version__)"],
             capture_output=True,
             text=True,
-            timeout=_IMPORT_SECONDS,
+            timeout=_IMPORT_TIMEOUT_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return "", f"it takes more than {_IMPORT_SECONDS} seconds"
-    if done.returncode == 0:
-        return done.stdout.strip(), ""
-    last_line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return "", f"it takes more than {_IMPORT_TIMEOUT_SECONDS} seconds"
+    if result.returncode == 0:
+        return result.stdout.strip(), ""
+    last_line = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
     return "", last_line

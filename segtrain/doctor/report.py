@@ -1,4 +1,4 @@
-"""The diagnosis for people and for programs."""
+"""The diagnosis as a table and as JSON."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ _STYLES: dict[Level, str] = {
 
 
 def findings_table(diagnosis: Diagnosis) -> Table:
-    """A row for each finding, its remedy beneath it."""
+    """One row per finding, with the remedy below the message."""
     table = Table(title="segtrain doctor", show_lines=False, pad_edge=False)
     table.add_column("level")
     table.add_column("check", no_wrap=True)
@@ -32,7 +32,7 @@ def findings_table(diagnosis: Diagnosis) -> Table:
 
 
 def summary_line(diagnosis: Diagnosis) -> str:
-    """Counts, and where the pictures are."""
+    """Number of findings per level, and the paths of the images."""
     names: dict[Level, str] = {
         "error": "errors",
         "warning": "warnings",
@@ -40,25 +40,25 @@ def summary_line(diagnosis: Diagnosis) -> str:
         "ok": "ok",
     }
     counts = ", ".join(f"{name}: {diagnosis.counts[level]}" for level, name in names.items())
-    looked_at = f"; look at {', '.join(diagnosis.pictures)}" if diagnosis.pictures else ""
-    return counts + looked_at
+    images = f"; see {', '.join(diagnosis.images)}" if diagnosis.images else ""
+    return counts + images
 
 
 def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
     """One object of plain types."""
     return {
         "version": __version__,
-        "environment": dict(diagnosis.facts),
+        "environment": dict(diagnosis.environment),
         "data": dict(diagnosis.data),
         "counts": diagnosis.counts,
         "findings": [vars(finding) for finding in diagnosis.findings],
-        "pictures": diagnosis.pictures,
+        "images": diagnosis.images,
         "exit_code": diagnosis.exit_code,
     }
 
 
 def _message(finding: Finding) -> Text:
-    # Text, not markup: a file may be called [red].
+    # Text, not markup: a file name may contain [red].
     message = Text(finding.message)
     if finding.remedy:
         message.append(f"\n→ {finding.remedy}", style="italic")

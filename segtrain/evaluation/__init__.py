@@ -1,1 +1,1 @@
-"""Judging a network: counting, the loop, and `segtrain eval`."""
+"""Evaluation: counts, metrics, and `segtrain eval`."""

@@ -1,10 +1,11 @@
-"""How far a figure could be off for no other reason than which pictures happened to be judged.
+"""Bootstrap confidence intervals over images.
 
-The percentile bootstrap (Efron and Tibshirani 1993, chapter 13): from N pictures N are drawn with
-replacement, often; the middle 95 % of what the figure then is are the interval.
+Percentile bootstrap (Efron and Tibshirani 1993, chapter 13): draw N of N images with replacement,
+many times; the middle 95 % of the metric's values are its interval.
 
-What a draw repeats looks a little less calibrated than it is, for errors that cancel between
-pictures do so less: the interval of `ece` lies too high, and may begin above its value.
+A resample with repeated images looks slightly less calibrated than the images are, because errors
+of different images cancel less. The interval of `ece` is therefore too high, and may begin above
+its value.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,19 +14,27 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from segtrain.evaluation.figures import FIGURES, Columns, Figure, Floats, Sums, columns_of, sums_of
-from segtrain.evaluation.records import Records
+from segtrain.evaluation.counts import Records
+from segtrain.evaluation.metrics import (
+    METRICS,
+    Columns,
+    Floats,
+    Metric,
+    Sums,
+    metric_columns,
+    sum_columns,
+)
 
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 
-# What is drawn at once, pictures times resamples: 32 MiB of weights.
-_AT_ONCE = 2**22
+# Images times resamples per step: 32 MiB of weights.
+_CHUNK_SIZE = 2**22
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and where it lies with 95 % confidence."""
+    """The value of a metric and its 95 % confidence interval."""
 
     value: float
     low: float
@@ -33,20 +42,20 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        """What stands after the ±."""
+        """Half the width of the interval, printed after ±."""
         return (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs over the pictures that both have judged.
+    """Two evaluations, compared over the images that both contain.
 
-    num_common: how many these are; only they are in the figures.
-    num_first_only, num_second_only: judged in one of the runs.
-    num_other_truth: of the common ones, those whose truths differ in size, in what is counted or
-        in what is person, so that the runs were not held against the same.
-    differences: figure → second minus first.
-    first, second: figure → value.
+    num_common: images in both; only these enter the metrics.
+    num_first_only, num_second_only: images in one of the two.
+    num_other_truth: common images whose ground truths differ in size, in the number of known
+        pixels or in the number of person pixels.
+    differences: metric → second minus first.
+    first, second: metric → value.
     """
 
     num_common: int
@@ -58,129 +67,132 @@ class Comparison:
     differences: dict[str, Interval]
 
 
-def intervals(
+def compute_intervals(
     records: Records,
-    figures: Mapping[str, Figure] = FIGURES,
+    metrics: Mapping[str, Metric] = METRICS,
     *,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """The figures of all records, each with its interval.
+    """Compute the metrics over all records, each with its interval.
 
-    The same records, in the same order, give the same intervals to the last bit. Of no records an
-    interval is the value of nothing.
+    The same records in the same order give bit-identical intervals. Without records, an interval is
+    the metric's value of no images.
 
     Args:
-        records: N, in the order of their index.
-        seed: of the draws.
+        records: N, ordered by index.
+        seed: of the resamples.
     """
-    columns = columns_of(records)
-    drawn = _figures_of_draws([columns], figures, num_resamples, seed)[0]
-    sums = sums_of(columns)
-    return {name: _interval(float(f(sums)), drawn[name]) for name, f in figures.items()}
+    columns = metric_columns(records)
+    resampled = _resample_metrics([columns], metrics, num_resamples, seed)[0]
+    sums = sum_columns(columns)
+    return {
+        name: _interval(float(metric(sums)), resampled[name]) for name, metric in metrics.items()
+    }
 
 
 def compare(
     first: Records,
     second: Records,
-    figures: Mapping[str, Figure] = FIGURES,
+    metrics: Mapping[str, Metric] = METRICS,
     *,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Comparison:
-    """How much better the second run is on the same pictures.
+    """Compare two evaluations by a paired bootstrap over their common images.
 
-    Every draw takes the same pictures for both, so that what makes a picture hard for both does not
-    widen the interval. Pictures are matched by identity; one that stands in a run twice counts
-    once.
+    Both share the same resamples, so images that are hard for both do not widen the interval.
+    Images are matched by identity; a duplicate counts once.
     """
-    ours, theirs = _matched(first, second)
-    both = [columns_of(records) for records in (ours, theirs)]
-    drawn = _figures_of_draws(both, figures, num_resamples, seed)
-    values = [{n: float(f(sums_of(columns))) for n, f in figures.items()} for columns in both]
+    first_common, second_common = _match_images(first, second)
+    columns = [metric_columns(records) for records in (first_common, second_common)]
+    resampled = _resample_metrics(columns, metrics, num_resamples, seed)
+    values = [
+        {name: float(metric(sum_columns(c))) for name, metric in metrics.items()} for c in columns
+    ]
     return Comparison(
-        num_common=len(ours),
-        num_first_only=len(np.unique(first["identity"])) - len(ours),
-        num_second_only=len(np.unique(second["identity"])) - len(ours),
-        num_other_truth=int(np.count_nonzero(_truths_differ(ours, theirs))),
+        num_common=len(first_common),
+        num_first_only=len(np.unique(first["identity"])) - len(first_common),
+        num_second_only=len(np.unique(second["identity"])) - len(first_common),
+        num_other_truth=int(np.count_nonzero(_truths_differ(first_common, second_common))),
         first=values[0],
         second=values[1],
         differences={
-            name: _interval(values[1][name] - values[0][name], drawn[1][name] - drawn[0][name])
-            for name in figures
+            name: _interval(
+                values[1][name] - values[0][name], resampled[1][name] - resampled[0][name]
+            )
+            for name in metrics
         },
     )
 
 
-def _matched(first: Records, second: Records) -> tuple[Records, Records]:
-    _, at_first, at_second = np.intersect1d(
+def _match_images(first: Records, second: Records) -> tuple[Records, Records]:
+    _, in_first, in_second = np.intersect1d(
         first["identity"], second["identity"], return_indices=True
     )
-    return first[at_first], second[at_second]
+    return first[in_first], second[in_second]
 
 
-def _truths_differ(ours: Records, theirs: Records) -> npt.NDArray[np.bool_]:
-    sizes = (ours["size"] != theirs["size"]).any(axis=1)
-    truths = [records["confusion"].sum(axis=2) for records in (ours, theirs)]
-    return np.asarray(sizes | (truths[0] != truths[1]).any(axis=1))
+def _truths_differ(first: Records, second: Records) -> npt.NDArray[np.bool_]:
+    sizes_differ = (first["size"] != second["size"]).any(axis=1)
+    class_counts = [records["confusion"].sum(axis=2) for records in (first, second)]
+    return np.asarray(sizes_differ | (class_counts[0] != class_counts[1]).any(axis=1))
 
 
-def _figures_of_draws(
-    runs: list[Columns], figures: Mapping[str, Figure], num_resamples: int, seed: int
+def _resample_metrics(
+    runs: list[Columns], metrics: Mapping[str, Metric], num_resamples: int, seed: int
 ) -> list[dict[str, Floats]]:
-    """For each run figure → `num_resamples` values, from the same draws for all runs."""
-    num = len(runs[0]["num"])
-    tables = [_Table(columns) for columns in runs]
-    parts: list[list[dict[str, Floats]]] = [[] for _ in runs]
-    for weights in _draws(num, num_resamples, seed):
-        for table, found in zip(tables, parts, strict=True):
-            sums = table.sums(weights)
-            found.append({name: figure(sums) for name, figure in figures.items()})
+    """For each run, metric → `num_resamples` values; all runs share the same resamples."""
+    matrices = [_ColumnMatrix(columns) for columns in runs]
+    chunks: list[list[dict[str, Floats]]] = [[] for _ in runs]
+    for weights in _draw_weights(len(runs[0]["num"]), num_resamples, seed):
+        for matrix, run_chunks in zip(matrices, chunks, strict=True):
+            sums = matrix.sums(weights)
+            run_chunks.append({name: metric(sums) for name, metric in metrics.items()})
     return [
-        {name: np.concatenate([part[name] for part in found]) for name in figures}
-        for found in parts
+        {name: np.concatenate([chunk[name] for chunk in run_chunks]) for name in metrics}
+        for run_chunks in chunks
     ]
 
 
-class _Table:
-    """Columns side by side as one matrix, so that sums over draws are one product."""
+class _ColumnMatrix:
+    """All columns side by side in one matrix, so the sums of all resamples are one product."""
 
     def __init__(self, columns: Columns) -> None:
         num = len(columns["num"])
         self._shapes = {name: column.shape[1:] for name, column in columns.items()}
         flat = [column.reshape(num, _width(column.shape[1:])) for column in columns.values()]
-        # Whole numbers, whose sums float64 holds exactly below 2**53: the order in which a product
-        # adds them up, which hangs on the machine's number of cores, then changes nothing.
+        # The entries are integers, whose sums are exact in float64 below 2**53. The order of
+        # summation in a product depends on the number of cores and then changes nothing.
         self._matrix = np.concatenate(flat, axis=1).astype(np.float64)
 
     def sums(self, weights: Floats) -> Sums:
-        """Of R N weights the sums, with an axis of R in front."""
+        """Sums for R N weights, with R as their first axis."""
         summed = weights @ self._matrix
-        found, start = {}, 0
+        sums, start = {}, 0
         for name, shape in self._shapes.items():
             width = _width(shape)
-            found[name] = summed[:, start : start + width].reshape(-1, *shape)
+            sums[name] = summed[:, start : start + width].reshape(-1, *shape)
             start += width
-        return found
+        return sums
 
 
 def _width(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape))
 
 
-def _draws(num: int, num_resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each of `num` pictures was drawn: rows of float64, `num_resamples` in all."""
+def _draw_weights(num: int, num_resamples: int, seed: int) -> Iterator[Floats]:
+    """Yield how often each of `num` images was drawn: float64 rows, `num_resamples` in total."""
     generator = np.random.Generator(np.random.PCG64(seed))
-    at_once = max(1, _AT_ONCE // max(1, num))
-    for start in range(0, num_resamples, at_once):
-        count = min(at_once, num_resamples - start)
-        weights = np.zeros((count, num))
+    rows_per_chunk = max(1, _CHUNK_SIZE // max(1, num))
+    for start in range(0, num_resamples, rows_per_chunk):
+        weights = np.zeros((min(rows_per_chunk, num_resamples - start), num))
         for row in weights if num else ():
             row[:] = np.bincount(generator.integers(num, size=num), minlength=num)
         yield weights
 
 
-def _interval(value: float, drawn: Floats) -> Interval:
+def _interval(value: float, resampled: Floats) -> Interval:
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(drawn, [tail, 100 - tail])
+    low, high = np.percentile(resampled, [tail, 100 - tail])
     return Interval(value, float(low), float(high))

@@ -1,1 +1,1 @@
-"""A checkpoint written for other programs: ONNX, torch.export, safetensors."""
+"""Export a checkpoint for other programs: ONNX, torch.export, safetensors."""

@@ -1,120 +1,128 @@
-"""What a lower precision costs, measured on labelled pictures."""
+"""The accuracy drop of a lower precision, measured on labeled images."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from segtrain.config import DataConfig
-from segtrain.data import Pictures, describe_roots, named_data_roots, open_pictures
-from segtrain.data.demo import demo_people_root
+from segtrain.config.schema import DataConfig
+from segtrain.data.datasets import ImageSelection, describe_roots, named_data_roots, open_selection
 from segtrain.data.sample import Sample
+from segtrain.demo.dataset import demo_people_root
 from segtrain.errors import DataError
-from segtrain.evaluation.metrics import metrics_from_counts
-from segtrain.evaluation.picture import confusion_of
-from segtrain.images import Pixels, resize_short_side
-from segtrain.prediction.network import Network
-from segtrain.progress import progress_bar
+from segtrain.evaluation.confusion import metrics_from_counts
+from segtrain.evaluation.counts import count_confusion
+from segtrain.imaging.images import resize_short_side
+from segtrain.inference.backend import Backend
+from segtrain.runtime.progress import progress_bar
+from segtrain.runtime.signals import raise_if_stopped
+from segtrain.types import Image
 
-NUM_TO_CALIBRATE, NUM_TO_MEASURE = 32, 64
+log = logging.getLogger(__name__)
+
+
+NUM_CALIBRATION_IMAGES, NUM_MEASUREMENT_IMAGES = 32, 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss:
-    """Of one network against another on the same pictures at their original resolution.
+class AccuracyDrop:
+    """One model compared with another on the same images at their original resolution.
 
     before, after: global person IoU in 0..1.
     mean_difference, max_difference: of the probabilities, over all pixels.
-    num_pictures: on which it was measured.
+    num_images: number of images.
     """
 
     before: float
     after: float
     mean_difference: float
     max_difference: float
-    num_pictures: int
+    num_images: int
 
     def __str__(self) -> str:
-        change = round(100 * (self.after - self.before), 2) + 0.0  # so that -0.0 has no sign
+        change = round(100 * (self.after - self.before), 2) + 0.0  # turns -0.0 into 0.0
         return (
             f"person IoU {100 * self.before:.2f} -> {100 * self.after:.2f} ({change:+.2f} points) "
-            f"on {self.num_pictures} pictures; probabilities differ by "
+            f"on {self.num_images} images; probabilities differ by "
             f"{self.mean_difference:.5f} on average, {self.max_difference:.3f} at most"
         )
 
 
-def data_to_measure_on(
-    config: DataConfig, given: Sequence[str] | None, tell: Callable[[str], object]
-) -> DataConfig:
-    """The configuration with roots that are there.
+def choose_measurement_data(config: DataConfig, roots: Sequence[str] | None) -> DataConfig:
+    """The configuration with roots that exist.
 
     Args:
-        given: roots the user named; None takes $SEGTRAIN_DATA, else those of the configuration,
-            else drawn people.
-        tell: takes a line that says which data it is.
+        roots: the user's choice; None means $SEGTRAIN_DATA, else the roots of the configuration,
+            else the drawn demo people.
     """
-    named, trained_on = named_data_roots(given), named_data_roots(config.root)
+    named, trained_on = named_data_roots(roots), named_data_roots(config.root)
     if named is None and trained_on is not None and all(map(Path.is_dir, trained_on[0])):
         named = trained_on
     if named is not None:
-        roots = named[0]
-        tell(f"data to measure on: {describe_roots(roots)}")
+        paths = named[0]
+        log.info(f"data to measure on: {describe_roots(paths)}")
     else:
-        roots = (demo_people_root(),)
-        tell(
-            "warning: the data it was trained on is not here, so the loss is measured on drawn "
-            "people; --data names better ones"
+        paths = (demo_people_root(),)
+        log.warning(
+            "the training data is not available, so the accuracy is measured on drawn people; "
+            "choose other data with --data"
         )
-    names = tuple(map(str, roots))
+    names = tuple(map(str, paths))
     return replace(config, root=names if len(names) > 1 else names[0], weights=None)
 
 
-def pictures_to_calibrate_on(config: DataConfig) -> list[Pixels]:
-    """Training pictures H W 3 uint8, scaled as the network sees them in validation.
+def load_calibration_images(config: DataConfig) -> list[Image]:
+    """Training images, H W 3 uint8, resized as in validation.
 
     Raises:
-        DataError: the data set is malformed.
+        DataError: the dataset is malformed.
     """
-    samples = _readable(open_pictures(config, "train").spread(NUM_TO_CALIBRATE))
+    images = open_selection(config, "train").subsample(NUM_CALIBRATION_IMAGES)
+    samples = _readable_samples(images)
     return [resize_short_side(sample.image, config.image_size) for sample in samples]
 
 
-def measure_loss(before: Network, after: Network, config: DataConfig) -> Loss:
-    """Ask both networks about validation pictures.
+def measure_accuracy_drop(before: Backend, after: Backend, config: DataConfig) -> AccuracyDrop:
+    """Compare two models on validation images.
 
     Raises:
-        DataError: the data set is malformed, or no picture can be read.
+        DataError: the dataset is malformed, or no image can be read.
     """
-    pictures = open_pictures(config, "val").spread(NUM_TO_MEASURE)
+    images = open_selection(config, "val").subsample(NUM_MEASUREMENT_IMAGES)
     confusions = [np.zeros((2, 2), dtype=np.int64) for _ in range(2)]
-    sum_of_differences, largest, num_pixels, num_pictures = 0.0, 0.0, 0, 0
-    with progress_bar(total=len(pictures), desc="measuring") as bar:
-        for sample in _readable(pictures):
-            answers = [np.asarray(network.probs([sample.image])[0]) for network in (before, after)]
-            for confusion, probs in zip(confusions, answers, strict=True):
-                confusion += confusion_of((probs >= 0.5).astype(np.uint8), sample.mask)
-            difference = np.abs(answers[0] - answers[1])
+    sum_of_differences, largest, num_pixels, num_images = 0.0, 0.0, 0, 0
+    with progress_bar(total=len(images), desc="measuring") as bar:
+        for sample in _readable_samples(images):
+            probs = [np.asarray(backend.probs([sample.image])[0]) for backend in (before, after)]
+            for confusion, prob in zip(confusions, probs, strict=True):
+                confusion += count_confusion((prob >= 0.5).astype(np.uint8), sample.mask)
+            difference = np.abs(probs[0] - probs[1])
             sum_of_differences += float(difference.sum(dtype=np.float64))
             largest = max(largest, float(difference.max()))
             num_pixels += difference.size
-            num_pictures += 1
+            num_images += 1
+            raise_if_stopped()
             bar.update()
-    if not num_pictures:
-        raise DataError("no validation picture can be read to measure the loss on; give --data")
+    if not num_images:
+        raise DataError(
+            "no readable validation image to measure the accuracy on",
+            "choose a dataset with --data",
+        )
     ious = [metrics_from_counts(confusion.tolist()).person_iou for confusion in confusions]
-    return Loss(
+    return AccuracyDrop(
         before=ious[0],
         after=ious[1],
         mean_difference=sum_of_differences / num_pixels,
         max_difference=largest,
-        num_pictures=num_pictures,
+        num_images=num_images,
     )
 
 
-def _readable(pictures: Pictures) -> Iterator[Sample]:
-    """The samples, without those whose file is damaged."""
-    for index in range(len(pictures)):
+def _readable_samples(images: ImageSelection) -> Iterator[Sample]:
+    """The samples, without damaged ones."""
+    for index in range(len(images)):
         with suppress(DataError):
-            yield pictures.sample(index)
+            yield images.sample(index)

@@ -1,4 +1,4 @@
-"""The network as a program of torch.export, which runs without segtrain."""
+"""torch.export programs, which run without segtrain."""
 
 import io
 import json
@@ -8,47 +8,45 @@ import numpy as np
 import torch
 from torch import nn
 
-from segtrain.export.checking import Ask
-from segtrain.export.hints import hints_hidden
-from segtrain.export.network import Exportable, traced
-from segtrain.images import Pixels
-from segtrain.prediction.metadata import Metadata
-from segtrain.prediction.probability import Values
+from segtrain.export.module import ExportModule, suppress_warnings, trace
+from segtrain.export.verify import Predict
+from segtrain.inference.onnx_metadata import Metadata
+from segtrain.types import Image, Probs
 
 METADATA_FILE = "segtrain.json"
 
-# What the tracer notes at every node of where it came from: folders of this machine.
-_NOTES = ("stack_trace", "source_fn_stack", "nn_module_stack", "from_node")
+# Debug info that the tracer stores at every node; it has paths of this machine.
+_DEBUG_KEYS = ("stack_trace", "source_fn_stack", "nn_module_stack", "from_node")
 
 
 def program_bytes(model: nn.Module, metadata: Metadata) -> bytes:
     """The content of a .pt2 file, with the metadata as JSON inside.
 
     Raises:
-        UsageError: the network cannot be traced.
+        UsageError: the model cannot be traced.
     """
-    program = traced(Exportable(model, metadata.bn_eval))
+    program = trace(ExportModule(model, metadata.bn_eval))
     for node in program.graph.nodes:
-        for note in _NOTES:
-            node.meta.pop(note, None)
-    packed = io.BytesIO()
-    extra = {METADATA_FILE: json.dumps(metadata.as_tree(), indent=2)}
-    with hints_hidden():
-        torch.export.save(program, packed, extra_files=extra)
-    return packed.getvalue()
+        for key in _DEBUG_KEYS:
+            node.meta.pop(key, None)
+    file = io.BytesIO()
+    extra_files = {METADATA_FILE: json.dumps(metadata.to_dict(), indent=2)}
+    with suppress_warnings():
+        torch.export.save(program, file, extra_files=extra_files)
+    return file.getvalue()
 
 
-def opened(content: bytes, path: Path) -> Ask:
-    """The file's network, run by torch on the CPU; only for files that were made here."""
-    with hints_hidden():
+def load_program(content: bytes, path: Path) -> Predict:
+    """The program, run by torch on the CPU. Only for files that this process exported."""
+    with suppress_warnings():
         program = torch.export.load(io.BytesIO(content))
-    # Guards hold down what was seen while tracing, e.g. that the sides needed padding; the graph
-    # does not hang on it, as the comparison shows.
-    network = program.module(check_guards=False)
+    # Guards fix properties of the example input, e.g. that its sides needed padding. The graph
+    # does not depend on them, as the comparison with torch shows.
+    module = program.module(check_guards=False)
 
-    def ask(images: Pixels) -> Values:
+    def predict(images: Image) -> Probs:
         with torch.inference_mode():
-            probs = network(torch.from_numpy(images))
+            probs = module(torch.from_numpy(images))
         return np.asarray(probs.numpy(), dtype=np.float32)
 
-    return ask
+    return predict

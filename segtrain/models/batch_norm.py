@@ -1,8 +1,9 @@
-"""The statistics that batch norm goes by when a network is judged or used.
+"""Batch-norm statistics at evaluation time.
 
-Running statistics are a mean over the last steps of training, made by weights that have changed
-since, with dropout on. The Tiramisu paper evaluates by the statistics of what is looked at; and
-measuring anew costs a few seconds and needs training images.
+Running statistics average over the last training steps. They come from weights that have changed
+since, and from activations with dropout. There are two alternatives. The Tiramisu paper evaluates
+with the statistics of the evaluated image itself. Recalibration measures the running statistics
+again, which takes a few seconds and requires training images.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,18 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from segtrain.config import BnEval
-from segtrain.devices import Autocast, prefetched
+from segtrain.config.schema import BnEval
+from segtrain.runtime.devices import Autocast, prefetch
+from segtrain.runtime.signals import raise_if_stopped
 
 NUM_TO_RECALIBRATE = 200
 
 
 @contextmanager
-def evaluation_statistics(model: nn.Module, bn_eval: BnEval) -> Iterator[None]:
-    """Put `model` into evaluation mode; within, "batch" goes by what is looked at.
+def eval_mode(model: nn.Module, bn_eval: BnEval) -> Iterator[None]:
+    """Put `model` into evaluation mode; inside the block, "batch" uses batch statistics.
 
-    Give it one picture at a time then, or a picture's result depends on its neighbours. The running
-    statistics are not touched. "recalibrate" has been done before (`recalibrate`).
+    With "batch", pass one image at a time, or the result of an image depends on the others in its
+    batch. The running statistics do not change. "recalibrate" acts as "running": call
+    `recalibrate` before.
     """
     model.eval()
     norms = _batch_norms(model) if bn_eval == "batch" else []
@@ -50,12 +53,12 @@ def recalibrate(
 ) -> None:
     """Replace the running statistics by their mean over training batches, without dropout.
 
-    A frozen encoder keeps its own. The network is left in evaluation mode.
+    A frozen encoder keeps its statistics. The model is left in evaluation mode.
 
     Args:
-        batches: mappings with "image" N 3 H W uint8, of training images.
-        num_images: after so many, or when there are no more, it is done.
-        on_batch: called with the number of images after each batch.
+        batches: mappings with "image" N 3 H W uint8, from training images.
+        num_images: stop after this many images, or when `batches` ends.
+        on_batch: called after each batch with its number of images.
     """
     model.train()
     norms = [norm for norm in _batch_norms(model) if norm.training]
@@ -66,14 +69,15 @@ def recalibrate(
         norm.reset_running_stats()
     try:
         num_done = 0
-        for number, batch in enumerate(prefetched(batches, device), 1):
+        for number, batch in enumerate(prefetch(batches, device), 1):
             for norm in norms:
-                # The mean over all batches so far. torch's own word for it, None, reads a counter
-                # from the GPU and waits, in every norm.
+                # The mean over all batches so far. With momentum=None, torch computes the same but
+                # reads a counter from the GPU in every norm, which synchronizes.
                 norm.momentum = 1 / number
             with autocast():
                 model(batch["image"])
             num_done += len(batch["image"])
+            raise_if_stopped()
             on_batch(len(batch["image"]))
             if num_done >= num_images:
                 break

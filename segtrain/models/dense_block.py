@@ -12,14 +12,14 @@ from segtrain.models.dense_block_fused import (
     LayerOps,
     LayerPlan,
     Moments,
+    allocate_features,
     autocast_dtype,
-    join,
 )
 from segtrain.models.layers import Dropout
 
 
 class DenseLayer(nn.Module):
-    """BN, ReLU, 3x3 convolution, dropout: C channels in, k new ones out."""
+    """BN, ReLU, 3x3 convolution, and dropout: C channels in, k new channels out."""
 
     def __init__(self, in_channels: int, growth_rate: int, drop_rate: float) -> None:
         super().__init__()
@@ -28,22 +28,22 @@ class DenseLayer(nn.Module):
         self.dropout = Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer as the paper writes it."""
+        """The layer as in the paper."""
         return self.dropout(self.conv(self.norm(x).relu_()))  # type: ignore[no-any-return]
 
 
 class DenseBlock(nn.Module):
-    """Layers that each see the block's input and all features made before.
+    """Dense layers; each reads the input of the block and the features of all preceding layers.
 
-    The block computes the same in two forms: as the paper writes it, and fused
-    (`dense_block_fused`). A CPU always takes the fused form, but for training by running
-    statistics. A GPU evaluates by the paper's form and trains by the faster one. A compiler gets
-    the paper's form, which it fuses itself.
+    There are two equivalent forms: the plain form of the paper and the fused form
+    (`dense_block_fused`). A CPU uses the fused form, except in training or with gradients while BN
+    uses running statistics. A GPU uses the plain form in evaluation and the faster form in
+    training. A compiler gets the plain form and fuses it itself.
 
     Attributes:
-        memory_efficient: in training, keep little for the backward pass and make BN and ReLU again
-            there; the convolutions are not computed twice and the gradients are the same. "auto"
-            does so on a CPU, and on a GPU where that is the faster form.
+        memory_efficient: in training, save little for the backward pass and recompute BN and ReLU
+            there. Convolutions are not recomputed, and the gradients are the same. "auto"
+            recomputes on a CPU, and on a GPU if that is the faster form.
     """
 
     layers: Sequence[DenseLayer]
@@ -61,13 +61,13 @@ class DenseBlock(nn.Module):
         )
 
     def forward(self, *parts: Tensor) -> Tensor:
-        """Parts of the input, N C H W with in_channels together → N out_channels H W.
+        """Parts of the input, N C H W with in_channels in total → N out_channels H W.
 
-        The input comes first, the new features of each layer behind it.
+        The output starts with the input, followed by the new features of each layer.
         """
-        ops = self._ops(parts)
+        ops = self._choose_ops(parts)
         if ops is None:
-            return self.as_in_the_paper(*parts)
+            return self.forward_plain(*parts)
         device_type, dtype = parts[0].device.type, autocast_dtype(parts[0])
         with torch.autocast(device_type, enabled=False):
             cast = [part.to(dtype) for part in parts]
@@ -77,31 +77,15 @@ class DenseBlock(nn.Module):
             self._update_running_stats(moments, features.numel() // self.out_channels)
             return features
 
-    def _ops(self, parts: Sequence[Tensor]) -> LayerOps | None:
-        """What the fused form is computed with; None: take the paper's form."""
-        if torch.compiler.is_compiling():
-            return None
-        by_batch, wants_grad = self.layers[0].norm.training, torch.is_grad_enabled()
-        if parts[0].device.type == "cuda":
-            return dense_block_cuda.training_ops(self, parts) if by_batch and wants_grad else None
-        if not by_batch and (wants_grad or self.training):
-            return None
-        return dense_layer_aten
-
-    def channels(self) -> list[tuple[slice, slice]]:
-        """For each layer the channels that it reads and those that it writes."""
-        ends = range(self.in_channels, self.out_channels, self.growth_rate)
-        return [(slice(0, end), slice(end, end + self.growth_rate)) for end in ends]
-
-    def as_in_the_paper(self, *parts: Tensor) -> Tensor:
-        """The plain form: every layer gets all features before it, concatenated."""
+    def forward_plain(self, *parts: Tensor) -> Tensor:
+        """The plain form: each layer reads the concatenation of all preceding features."""
         features = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         for layer in self.layers:
             features = torch.cat([features, layer(features)], dim=1)
         return features
 
     def train_fused(self, ops: LayerOps, parts: list[Tensor]) -> tuple[Tensor, Moments]:
-        """Features and their moments by statistics of the batch, with gradients."""
+        """The fused form with batch statistics: features, with gradients, and their moments."""
         weights = [
             weight
             for layer in self.layers
@@ -117,36 +101,52 @@ class DenseBlock(nn.Module):
         )
         return features, Moments(mean, var)
 
+    def channels(self) -> list[tuple[slice, slice]]:
+        """For each layer, the channels that it reads and the channels that it writes."""
+        ends = range(self.in_channels, self.out_channels, self.growth_rate)
+        return [(slice(0, end), slice(end, end + self.growth_rate)) for end in ends]
+
+    def _choose_ops(self, parts: Sequence[Tensor]) -> LayerOps | None:
+        """Choose the implementation of the fused form; None means the plain form."""
+        if torch.compiler.is_compiling():
+            return None
+        batch_stats, with_grad = self.layers[0].norm.training, torch.is_grad_enabled()
+        if parts[0].device.type == "cuda":
+            return dense_block_cuda.training_ops(self, parts) if batch_stats and with_grad else None
+        if not batch_stats and (with_grad or self.training):
+            return None
+        return dense_layer_aten
+
     def _evaluate(self, parts: list[Tensor]) -> Tensor:
-        """By running statistics, without dropout and gradients."""
-        features = join(parts, self.out_channels)
+        """The fused form with running statistics, without dropout and gradients."""
+        features = allocate_features(parts, self.out_channels)
         for layer, (old, new) in zip(self.layers, self.channels(), strict=True):
             norm = dense_layer_aten.running_norm(layer.norm)
-            features[:, new] = dense_layer_aten.new_features(
+            features[:, new] = dense_layer_aten.bn_relu_conv(
                 features[:, old], norm, *layer.conv.parameters()
             )
         return features
 
     @torch.no_grad()
     def _update_running_stats(self, moments: Moments, num_values: int) -> None:
-        """As torch's own batch norm does in training, for all layers at once."""
+        """Update the running statistics of all layers at once, as torch's batch norm does."""
         norms = [layer.norm for layer in self.layers]
         if not norms[0].track_running_stats:
             return
         unbiased = moments.var * (num_values / max(num_values - 1, 1))
-        running, now, numbers = [], [], []
+        running, current, counts = [], [], []
         for norm, (old, _) in zip(norms, self.channels(), strict=True):
             assert norm.running_mean is not None
             assert norm.running_var is not None
             assert norm.num_batches_tracked is not None
             running += [norm.running_mean, norm.running_var]
-            now += [m[old].to(norm.running_mean.dtype) for m in (moments.mean, unbiased)]
-            numbers.append(norm.num_batches_tracked)
-        torch._foreach_add_(numbers, 1)
+            current += [m[old].to(norm.running_mean.dtype) for m in (moments.mean, unbiased)]
+            counts.append(norm.num_batches_tracked)
+        torch._foreach_add_(counts, 1)
         momentum = norms[0].momentum
         if momentum is not None:
-            torch._foreach_lerp_(running, now, momentum)
+            torch._foreach_lerp_(running, current, momentum)
             return
-        # The mean over all batches so far; their number stays on the device.
-        for i, (r, n) in enumerate(zip(running, now, strict=True)):
-            r.lerp_(n, 1 / numbers[i // 2].to(r.dtype))
+        # The mean over all batches so far. The counts stay on the device.
+        for i, (r, c) in enumerate(zip(running, current, strict=True)):
+            r.lerp_(c, 1 / counts[i // 2].to(r.dtype))

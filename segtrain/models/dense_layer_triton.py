@@ -1,4 +1,4 @@
-"""One layer of a fused dense block on an NVIDIA GPU, by Triton kernels."""
+"""One layer of a fused dense block on an NVIDIA GPU, with Triton kernels."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -17,26 +17,26 @@ from segtrain.models.dense_block_fused import (
     empty_channels_last,
 )
 
-# Rows of the partial sums of the weights' gradients: one for each tap and new channel, one for
-# BN's weight and one for its bias.
+# Rows of the partial sums of the weight gradients: one per tap and new channel, one for the weight
+# of BN, and one for its bias.
 _NUM_ROWS = 9 * MAX_GROWTH + 2
 
-# Tiles of the forward pass are images' rectangles, whose pixels share most of their neighbors.
+# A tile of the forward pass is a rectangle, whose pixels share most of their neighbors.
 _TILE_HEIGHT, _MAX_TILE_WIDTH = 8, 16
 _BLOCK_CHANNELS = 64
 _BLOCK_PIXELS = 64
-# Of memory-bound kernels over few channels.
+# For memory-bound kernels over few channels.
 _SMALL_BLOCK_PIXELS = 256
 _BLOCK_TILES = 1024
 
-# The default of Triton 3.10 is another; said here, none of them warns that nothing was said.
-_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+# Triton 3.10 has a different default. An explicit value avoids its warning.
+_LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 def draw_dropout(layers: Sequence[LayerPlan], features: Tensor) -> list[Tensor | None]:
-    """As `dense_block_fused.LayerOps`: a seed, from which both passes draw the same lots."""
+    """See `dense_block_fused.LayerOps`; returns a seed that gives both passes the same masks."""
     seed = torch.randint(2**62, (1,), device=features.device)
-    return [seed if _is_dropping(layer) else None for layer in layers]
+    return [seed if _has_dropout(layer) else None for layer in layers]
 
 
 def forward_layer(
@@ -48,7 +48,7 @@ def forward_layer(
     *,
     recompute: bool,
 ) -> list[Tensor]:
-    """As `dense_block_fused.LayerOps`. Recomputing costs nothing here, so it is always done."""
+    """See `dense_block_fused.LayerOps`; always recomputes, because that costs nothing here."""
     n, all_channels, height, width = features.shape
     num_old, growth = layer.old.stop, weights.conv_weight.shape[0]
     tile_width = min(_MAX_TILE_WIDTH, triton.next_power_of_2(width))
@@ -58,7 +58,7 @@ def forward_layer(
     kernels.layer_forward[(num_tiles,)](
         *(features, *moments, *weights, dropout, partials),
         *(height, width, num_old, all_channels, *tiles, num_tiles),
-        *(*weights.conv_weight.stride(), layer.eps, *_lots(layer), num_old),
+        *(*weights.conv_weight.stride(), layer.eps, *_dropout_arguments(layer), num_old),
         GROWTH=growth,
         DROPOUT=dropout is not None,
         TILE_H=_TILE_HEIGHT,
@@ -66,7 +66,7 @@ def forward_layer(
         BLOCK_C=_BLOCK_CHANNELS,
         num_warps=4,
         num_stages=3,
-        **_OPTIONS,
+        **_LAUNCH_OPTIONS,
     )
     new_moments = (moment[layer.new] for moment in moments)
     kernels.merge_moments[(growth,)](
@@ -75,7 +75,7 @@ def forward_layer(
         TILE_H=_TILE_HEIGHT,
         TILE_W=tile_width,
         BLOCK=_BLOCK_TILES,
-        **_OPTIONS,
+        **_LAUNCH_OPTIONS,
     )
     return []
 
@@ -86,11 +86,11 @@ def backward_layer(
     moments: Moments,
     weights: LayerWeights,
     dropout: Tensor | None,
-    kept: list[Tensor],
+    saved: list[Tensor],
     grad: Tensor,
     moment_grads: Moments,
 ) -> LayerWeights:
-    """As `dense_block_fused.LayerOps`."""
+    """See `dense_block_fused.LayerOps`."""
     n, all_channels, height, width = features.shape
     num_pixels, num_old, growth = n * height * width, layer.old.stop, weights.conv_weight.shape[0]
     strides = weights.conv_weight.stride()
@@ -99,11 +99,11 @@ def backward_layer(
     bias_partials = moments.mean.new_empty(num_small_blocks, MAX_GROWTH)
     kernels.grad_of_new[(num_small_blocks,)](
         *(grad, features, moments.mean, *moment_grads, dropout, grad_y, bias_partials),
-        *(num_pixels, num_old, all_channels, *_lots(layer), num_old),
+        *(num_pixels, num_old, all_channels, *_dropout_arguments(layer), num_old),
         GROWTH=growth,
         DROPOUT=dropout is not None,
         BLOCK=_SMALL_BLOCK_PIXELS,
-        **_OPTIONS,
+        **_LAUNCH_OPTIONS,
     )
     num_blocks = triton.cdiv(num_pixels, _BLOCK_PIXELS)
     channel_blocks = triton.cdiv(num_old, _BLOCK_CHANNELS)
@@ -118,7 +118,7 @@ def backward_layer(
         BLOCK_C=_BLOCK_CHANNELS,
         num_warps=8,
         num_stages=2,
-        **_OPTIONS,
+        **_LAUNCH_OPTIONS,
     )
     grads = LayerWeights(*map(torch.empty_like, weights))
     kernels.sum_partials[(channel_blocks, 10)](
@@ -127,7 +127,7 @@ def backward_layer(
         GROWTH=growth,
         BLOCK_C=_BLOCK_CHANNELS,
         BLOCK=_SMALL_BLOCK_PIXELS,
-        **_OPTIONS,
+        **_LAUNCH_OPTIONS,
     )
     return grads
 
@@ -139,7 +139,7 @@ def input_grads(
     moment_grads: Moments,
     part_channels: Sequence[int],
 ) -> list[Tensor]:
-    """As `dense_block_fused.LayerOps`."""
+    """See `dense_block_fused.LayerOps`."""
     n, all_channels, height, width = features.shape
     num_pixels, first, grads = n * height * width, 0, []
     for num_channels in part_channels:
@@ -150,32 +150,32 @@ def input_grads(
             *(num_pixels, all_channels, first, num_channels),
             BLOCK_P=_BLOCK_PIXELS,
             BLOCK_C=_BLOCK_CHANNELS,
-            **_OPTIONS,
+            **_LAUNCH_OPTIONS,
         )
         first += num_channels
     return grads
 
 
-def _is_dropping(layer: LayerPlan) -> bool:
+def _has_dropout(layer: LayerPlan) -> bool:
     return layer.dropout.training and layer.dropout.p > 0
 
 
-def _lots(layer: LayerPlan) -> tuple[int, float]:
-    """Below which of 2^32 numbers a value is dropped, and by what the others are multiplied."""
+def _dropout_arguments(layer: LayerPlan) -> tuple[int, float]:
+    """Threshold of 32-bit random numbers below which values are dropped; factor of the others."""
     return round(layer.dropout.p * 2**32), 1 / (1 - layer.dropout.p)
 
 
 def _num_splits(device: torch.device, num_blocks: int, channel_blocks: int) -> int:
-    """Over how many programs the pixels are spread, for each block of channels.
+    """Number of programs among which the pixels are divided, for each block of channels.
 
-    Two for each of the GPU's processors; and each has some blocks of pixels to sum, or the partial
-    sums would outweigh the features where images are small.
+    There are two programs per multiprocessor of the GPU. Each sums several blocks of pixels;
+    otherwise, for small images, the partial sums would take more memory than the features.
     """
-    return max(1, min(num_blocks // 4, 2 * _num_processors(device) // channel_blocks))
+    return max(1, min(num_blocks // 4, 2 * _num_multiprocessors(device) // channel_blocks))
 
 
 @cache
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":  # interpreted, in tests
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # in tests, which interpret the kernels
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

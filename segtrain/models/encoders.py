@@ -1,4 +1,4 @@
-"""Encoders: classification networks, torchvision's, without what follows their last features."""
+"""Encoders: torchvision's classification networks without pooling and classifier."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from segtrain.errors import CheckpointError, ResourceError
-from segtrain.models.resnet import resnet
-from segtrain.models.vgg import alexnet, vgg
-from segtrain.stopping import at_once
+from segtrain.models.backbones import alexnet, resnet, vgg
+from segtrain.runtime.signals import interrupt_immediately
 
 EncoderName = Literal[
     "vgg16",
@@ -31,11 +30,11 @@ ENCODERS: tuple[str, ...] = get_args(EncoderName)
 
 
 class Feature(NamedTuple):
-    """The last output of an encoder before H and W become smaller.
+    """The last output of an encoder at one resolution.
 
-    stage: index of the stage that it comes out of.
-    channels: its channels.
-    level: number of halvings, the nearest whole one where a stride is odd.
+    stage: index of the stage that outputs it.
+    channels: number of channels.
+    level: number of halvings; rounded where the sizes are not exact halvings, as in AlexNet.
     """
 
     stage: int
@@ -43,8 +42,8 @@ class Feature(NamedTuple):
     level: int
 
 
-# Written down, for a pass without memory, on torch's meta device, imports half of its compiler. The
-# tests find the same in torchvision's networks.
+# Constants, because a forward pass on torch's meta device, which could find them, imports half of
+# torch's compiler. Tests compare them with torchvision's networks.
 _FEATURES: dict[EncoderName, list[tuple[int, int, int]]] = {
     "vgg16": [(3, 64, 0), (8, 128, 1), (15, 256, 2), (22, 512, 3), (29, 512, 4), (30, 512, 5)],
     "vgg16_bn": [(5, 64, 0), (12, 128, 1), (22, 256, 2), (32, 512, 3), (42, 512, 4), (43, 512, 5)],
@@ -59,8 +58,8 @@ _FEATURES: dict[EncoderName, list[tuple[int, int, int]]] = {
     "convnext_tiny": [(1, 96, 2), (3, 192, 3), (5, 384, 4), (7, 768, 5)],
 }
 
-# Ours, which do without torchvision: importing that takes as long as importing torch.
-_OURS: dict[EncoderName, Callable[[], nn.Module]] = {
+# These do not need torchvision, whose import takes as long as that of torch.
+_BACKBONES: dict[EncoderName, Callable[[], nn.Module]] = {
     "vgg16": partial(vgg, (2, 2, 3, 3, 3), norm=False),
     "vgg16_bn": partial(vgg, (2, 2, 3, 3, 3), norm=True),
     "vgg19": partial(vgg, (2, 2, 4, 4, 4), norm=False),
@@ -73,116 +72,120 @@ _OURS: dict[EncoderName, Callable[[], nn.Module]] = {
 
 
 class Encoder(nn.Module):
-    """A classification network up to its average pooling, stage by stage.
+    """A classification network up to its average pooling.
 
-    The weights have torchvision's names.
+    The `state_dict` keys are torchvision's.
 
     Args:
-        name: one of ENCODERS.
+        name: one of `ENCODERS`.
 
     Attributes:
-        outputs: where the features that `forward` returns come from.
-        min_size: side of the smallest picture that goes through, pixels.
+        outputs: the features that `forward` returns.
+        min_size: smallest H and W that the network accepts, in pixels.
     """
 
     def __init__(self, name: EncoderName) -> None:
         super().__init__()
-        for key, child in _network(name).named_children():
+        for key, child in _build_backbone(name).named_children():
             if key == "avgpool":
                 break
             self.add_module(key, child)
         self.outputs = [Feature(*feature) for feature in _FEATURES[name]]
-        # AlexNet's pooling has windows wider than their stride, and they must fit.
+        # AlexNet's pooling windows are wider than their stride and must fit into the image.
         self.min_size = 64 if name == "alexnet" else 32
 
     def stages(self) -> Iterator[nn.Module]:
-        """What is applied one after another."""
+        """The modules that `forward` applies, in order."""
         for child in self.children():
             yield from child if isinstance(child, nn.Sequential) else [child]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """N 3 H W, normalised → the features, from the finest to the coarsest."""
-        wanted = {feature.stage for feature in self.outputs}
+        """N 3 H W, normalized → features from the finest to the coarsest."""
+        output_stages = {feature.stage for feature in self.outputs}
         features = []
         for i, stage in enumerate(self.stages()):
             x = stage(x)
-            if i in wanted:
+            if i in output_stages:
                 features.append(x)
         return features
 
 
-def _network(name: EncoderName) -> nn.Module:
-    if name in _OURS:
-        return _OURS[name]()
+def _build_backbone(name: EncoderName) -> nn.Module:
+    if name in _BACKBONES:
+        return _BACKBONES[name]()
     from torchvision.models import get_model
 
     return get_model(name, weights=None)  # type: ignore[no-any-return]
 
 
 def read_pretrained(name: EncoderName, pretrained: Literal[True] | str) -> dict[str, Tensor]:
-    """ImageNet weights for an encoder, by torchvision's names.
+    """Read ImageNet weights for an encoder as a `state_dict` with torchvision's keys.
 
     Args:
-        pretrained: True takes torchvision's newest, downloaded once into torch's cache; text names
-            a file of torchvision weights, `.pth`.
+        pretrained: True for torchvision's newest weights, downloaded once into torch's cache; or
+            the path of a `.pth` file with torchvision weights.
 
     Raises:
-        ResourceError: there is no network; the message says which file to put where.
-        CheckpointError: the file is missing, damaged, or not for this encoder.
+        ResourceError: the download failed; the message gives the file and where to put it.
+        CheckpointError: the file is missing, damaged, or does not match the encoder.
     """
-    path = _downloaded(name) if pretrained is True else Path(pretrained)
+    path = _download(name) if pretrained is True else Path(pretrained)
     try:
         if not path.is_file():
             raise CheckpointError(
-                f"there is no file {path}; model.pretrained is true, false or a file"
+                f"{path}: no such file", "set model.pretrained to true, false, or a weights file"
             )
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # damaged files raise anything
+    except Exception as error:  # a damaged file can raise anything
         raise CheckpointError(
-            f"{path} is damaged or holds more than weights; nothing in it was run; get it anew"
+            f"{path} is damaged or contains more than weights (no code in it was run)",
+            "download it again",
         ) from error
     with torch.device("meta"):
-        wanted = Encoder(name).state_dict()
-    if isinstance(found, dict):
-        # Older files, some of torchvision's among them, do not count batches; nothing needs it.
+        expected = Encoder(name).state_dict()
+    if isinstance(state, dict):
+        # Older files, some of torchvision's among them, lack the batch counts. Nothing needs them.
         zero = torch.tensor(0, device="cpu")
-        found = {key: zero for key in wanted if key.endswith("num_batches_tracked")} | found
-    _check_weights(found, wanted, path, name)
-    return {key: found[key] for key in wanted}
+        state = {key: zero for key in expected if key.endswith("num_batches_tracked")} | state
+    _check_weights(state, expected, path, name)
+    return {key: state[key] for key in expected}
 
 
-def _downloaded(name: EncoderName) -> Path:
+def _download(name: EncoderName) -> Path:
+    """Download torchvision's newest weights into torch's cache if they are not there."""
     from torchvision.models import get_model_weights
 
     weights: Any = get_model_weights(name).DEFAULT
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     if not path.is_file():
         try:
-            with at_once():
+            with interrupt_immediately():
                 weights.get_state_dict(progress=True, check_hash=True)
         except (URLError, OSError, RuntimeError) as error:
             reason = getattr(error, "reason", error)
             raise ResourceError(
-                f"cannot download {weights.url} ({reason}); put that file into {path.parent} or "
-                "set model.pretrained=FILE"
+                f"cannot download {weights.url} ({reason})",
+                f"put that file into {path.parent} or set model.pretrained=FILE",
             ) from error
     return path
 
 
-def _check_weights(found: Any, wanted: Mapping[str, Tensor], path: Path, name: str) -> None:
-    """A file from elsewhere: every weight there, of the right shape, and a number."""
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no weights by name; give torchvision's file of {name}")
-    for key, weight in wanted.items():
-        value: Any = found.get(key)
+def _check_weights(state: Any, expected: Mapping[str, Tensor], path: Path, name: str) -> None:
+    """Check an untrusted file: all weights are present, of the right shape, and finite."""
+    hint = f"use torchvision's weights file for {name}"
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} does not contain a state dict", hint)
+    for key, weight in expected.items():
+        value: Any = state.get(key)
         usable = isinstance(value, Tensor) and value.is_cpu and value.layout == torch.strided
         usable = usable and value.is_floating_point() == weight.is_floating_point()
         if not usable or value.shape != weight.shape:
             raise CheckpointError(
-                f"{path} does not fit {name}: it has no {key} of shape {tuple(weight.shape)}; "
-                f"give torchvision's file of {name}"
+                f"{path} does not match {name}: no {key} of shape {tuple(weight.shape)}", hint
             )
         if not bool(value.to(weight.dtype).isfinite().all()):
-            raise CheckpointError(f"{path}: {key} holds NaN or infinite numbers; get it anew")
+            raise CheckpointError(
+                f"{path}: {key} contains NaN or infinite values", "download it again"
+            )

@@ -1,18 +1,19 @@
-"""What every network here shares: normalisation, padding to a multiple, and the initialiser."""
+"""Building blocks shared by the models: normalization, dropout, padding, and initialization."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Mean and standard deviation of ImageNet's RGB values, in the 0..255 of the bytes we take.
+# Mean and standard deviation of ImageNet's RGB values in 0..255.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 class Normalize(nn.Module):
-    """Bytes to numbers around zero, in the network: training, predict and export can't disagree.
+    """Normalize RGB by ImageNet's mean and standard deviation.
 
-    Takes N 3 H W uint8 or float in 0..255 (RGB) and returns float of the same shape.
+    The layer is part of the model, so training, prediction, and export cannot disagree. It takes
+    N 3 H W uint8 or float in 0..255 and returns float of the same shape.
     """
 
     mean: Tensor
@@ -28,13 +29,14 @@ class Normalize(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Plain dropout of single values (Srivastava et al. 2014), not of whole channels.
+    """Dropout of single values, not of whole channels (Srivastava et al. 2014).
 
-    On a CPU torch's own draws a number for each value and takes as long as the convolution before
-    it. Sixteen bits are enough there: the probability is `p` rounded to a multiple of 1/65536.
+    On a CPU, torch's dropout draws one random number per value and takes as long as the preceding
+    convolution. Here 16 random bits per value are enough, which rounds `p` to a multiple of
+    1/65536.
 
     Args:
-        p: probability of a value to be dropped, 0 <= p < 1.
+        p: probability of dropping a value, 0 <= p < 1.
 
     Raises:
         ValueError: `p` is out of range.
@@ -50,46 +52,46 @@ class Dropout(nn.Module):
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
-    def draw(self, x: Tensor) -> Tensor | None:
-        """Which values of `x`, N C H W, to keep: bool of its shape; None where all are kept."""
+    def forward(self, x: Tensor) -> Tensor:
+        """N C H W of any float type → the same shape and type."""
+        # On a GPU, drawing takes no measurable time. A compiler cannot trace `draw_mask`.
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.dropout(x, self.p, self.training)
+        return self.apply_mask(x, self.draw_mask(x))
+
+    def draw_mask(self, x: Tensor) -> Tensor | None:
+        """Draw the values of `x`, N C H W, to keep: bool of the same shape, or None for all."""
         if not self.training or self._threshold == 0:
             return None
         n, c, h, w = x.shape
-        lots = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        lots.random_(-(2**63), None)
-        keep = lots.view(torch.int16)[: x.numel()] >= self._threshold - 2**15
+        random_bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        random_bits.random_(-(2**63), None)
+        keep = random_bits.view(torch.int16)[: x.numel()] >= self._threshold - 2**15
         return keep.view(n, h, w, c).permute(0, 3, 1, 2)
 
-    def masked(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """`x` with what was drawn dropped and the rest scaled up; its gradient the same way."""
+    def apply_mask(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """Zero the dropped values and scale up the others. Gradients take the same operation."""
         return x if keep is None else x * keep * (2**16 / (2**16 - self._threshold))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """N C H W of any float type → the same."""
-        # A GPU draws in no time, and a compiler would stop at our draw.
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.dropout(x, self.p, self.training)
-        return self.masked(x, self.draw(x))
 
+def pad_to_multiple(x: Tensor, multiple: int, *, min_size: int = 1) -> Tensor:
+    """Pad H and W of N C H W on the right and bottom to a multiple by repeating the edge.
 
-def pad_to_multiple(x: Tensor, multiple: int, *, at_least: int = 1) -> Tensor:
-    """Grow H and W of N C H W on the right and below to a multiple, repeating the edge.
-
-    Repeating works from a single pixel on, where mirroring needs more than it pads, and shows the
-    network no dark frame that it never saw in training.
+    Unlike reflection, replication works for a side of one pixel. Unlike zeros, it adds no dark
+    border, which the network never sees in training.
 
     Args:
-        at_least: smallest H and W to come out, a multiple as well.
+        min_size: smallest H and W of the result; a multiple of `multiple`.
     """
-    height, width = (max(side + -side % multiple, at_least) for side in x.shape[-2:])
+    height, width = (max(side + -side % multiple, min_size) for side in x.shape[-2:])
     return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
 
 
 def he_uniform_(module: nn.Module) -> None:
-    """He-uniform weights, U(-b, b) with b = sqrt(6 / fan_in), and zero biases for a convolution.
+    """Initialize a convolution: weights from U(-b, b) with b = sqrt(6 / fan_in), zero biases.
 
-    He et al. 2015 (arXiv 1502.01852). A transposed convolution's fan_in is out_channels * k * k, as
-    in Keras. Meant for `nn.Module.apply`; other layers are left alone.
+    He et al. 2015 (arXiv 1502.01852). The fan_in of a transposed convolution is
+    out_channels * k * k, as in Keras. Meant for `nn.Module.apply`; other layers do not change.
     """
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")

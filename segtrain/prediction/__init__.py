@@ -1,1 +1,1 @@
-"""Using a network: pictures in, masks and cut-outs out."""
+"""Prediction for images and videos: masks, cutouts and new backgrounds."""

@@ -1,27 +1,51 @@
-"""Where the outputs go, settled before any work is done."""
+"""Pair the inputs of `segtrain predict` with their outputs before any work starts."""
 
+import glob
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from segtrain.errors import UsageError
-from segtrain.images import IMAGE_SUFFIXES
-from segtrain.prediction.inputs import Input, find_inputs
-from segtrain.prediction.outputs import OUTPUTS, suffix_of
-from segtrain.prediction.video.suffixes import VIDEO_SUFFIXES, video_suffix_of
-from segtrain.tiles import check_side
+from segtrain.imaging.images import IMAGE_SUFFIXES, find_images
+from segtrain.inference.tiles import check_tile_size
+from segtrain.prediction.outputs import OUTPUTS, output_suffix
+from segtrain.prediction.video.formats import VIDEO_SUFFIXES, video_output_suffix
+from segtrain.runtime.files import refuse_existing
 
+STDIN = "-"
 STDOUT = Path("-")
-_WRITABLE = (".png", ".jpg", ".jpeg")
+
+_WRITABLE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image, a video, or standard input.
+
+    Attributes:
+        path: None for standard input.
+        stem: path of the outputs relative to the output folder, without suffix.
+    """
+
+    path: Path | None
+    stem: Path
+
+    @property
+    def is_video(self) -> bool:
+        return self.path is not None and self.path.suffix.lower() in VIDEO_SUFFIXES
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture or video and its outputs.
+    """One image or video and its outputs.
 
-    source: None for standard input. outputs: kind → file, None for standard output; of a video
-    there is one, "video".
+    Attributes:
+        source: None for standard input.
+        outputs: from output kind to file; None for standard output. A video has the one kind
+            "video".
+        is_video: whether `source` is a video.
     """
 
     source: Path | None
@@ -30,12 +54,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The picture, for people."""
+        """The name of the input in messages."""
         return "stdin" if self.source is None else str(self.source)
 
     @property
-    def clip(self) -> tuple[Path, Path]:
-        """Of a video its file and that of its result."""
+    def video_paths(self) -> tuple[Path, Path]:
+        """Source and target of a video."""
         target = self.outputs["video"]
         assert self.source is not None
         assert target is not None
@@ -47,158 +71,222 @@ class Job:
         return [path for path in self.outputs.values() if path is not None]
 
 
-def wanted_kinds(
-    save: str | None, background: str | None, output: Path, *, panel: bool = False
-) -> list[str]:
-    """Which outputs are meant.
-
-    Without --save these are mask and cutout, and background if one is given; where there is room
-    for one only, the background if one is given, else the cutout.
+def plan_jobs(
+    inputs: Sequence[str],
+    output: Path,
+    kinds: Sequence[str],
+    *,
+    background: str = "blur",
+    jsonl: Path | None = None,
+    overwrite: bool = False,
+) -> list[Job]:
+    """Pair every input with its outputs before any work starts.
 
     Args:
-        save: kinds with commas between them, or None.
-        background: as given, or None.
-        output: a folder, a file, or "-".
-        panel: also the panel.
+        inputs: as in `find_inputs`.
+        output: a folder; or, for one input and one kind, a file with the suffix of an image or
+            video, or "-" for standard output.
+        kinds: keys of `OUTPUTS`.
+        background: value of `--background`, which affects the output format.
+        jsonl: the file of `--jsonl`, which is an output like the others.
+        overwrite: allow outputs that exist. An input is never overwritten.
 
     Raises:
-        UsageError: a kind is unknown, or several are to go into one file.
+        UsageError: an input matches no file, outputs collide, or an output exists or is an input.
     """
-    one_only = output == STDOUT or _is_file_name(output)
+    single_output = _is_single_output(output)
+    if output.exists() and not output.is_dir() and not single_output:
+        raise UsageError(f"--output {output} is a file", "give a folder, or a name like x.png")
+    found = find_inputs(inputs, exclude=None if single_output else output)
+    if single_output:
+        jobs = [_single_output_job(found, output, kinds[0], background)]
+    else:
+        jobs = [_folder_job(each, output, kinds, background) for each in found]
+    if jsonl == STDOUT and output == STDOUT:
+        raise UsageError(
+            "--output - and --jsonl - both write to standard output", "give a file for one of them"
+        )
+    _check_conflicts(jobs, None if jsonl == STDOUT else jsonl, overwrite=overwrite)
+    return jobs
+
+
+def find_inputs(arguments: Sequence[str], exclude: Path | None = None) -> list[Input]:
+    """Find the images and videos that the arguments refer to, without duplicates, in order.
+
+    Files in one folder that differ only in their suffix, such as 1.jpg and 1.png, get the stems
+    1_jpg and 1_png.
+
+    Args:
+        arguments: files, folders (searched recursively for images, not for videos), glob
+            patterns, and "-" for standard input.
+        exclude: a folder whose images are skipped in the folders that contain it: the results of
+            an earlier run.
+
+    Raises:
+        UsageError: an argument matches no file.
+    """
+    found: dict[Path | None, Path] = {}
+    for argument in arguments:
+        for path, relative in _expand(argument, exclude):
+            found.setdefault(path, relative)
+    counts = Counter(path.with_suffix("") for path in found if path is not None)
+    inputs = []
+    for path, relative in found.items():
+        stem = relative
+        if path is not None:
+            stem = relative.with_suffix("")
+            if counts[path.with_suffix("")] > 1:
+                stem = stem.with_name(f"{stem.name}_{path.suffix[1:]}")
+        inputs.append(Input(path, stem))
+    return inputs
+
+
+def select_kinds(
+    save: str | None, background: str | None, output: Path, *, panel: bool = False
+) -> list[str]:
+    """Return the output kinds that the options ask for.
+
+    Without `--save`: mask and cutout, and the background if `--background` is given. If the output
+    holds only one image: the background if `--background` is given, else the cutout.
+
+    Args:
+        save: comma-separated kinds, or None.
+        background: value of `--background`, or None.
+        output: a folder, a file, or "-".
+        panel: add the panel.
+
+    Raises:
+        UsageError: a kind is unknown, or one output file would hold several kinds.
+    """
+    single_output = _is_single_output(output)
     if save is not None:
-        kinds = [word.strip() for word in save.split(",") if word.strip()]
-    elif one_only:
+        kinds = [kind.strip() for kind in save.split(",") if kind.strip()]
+    elif single_output:
         kinds = [] if panel else ["cutout" if background is None else "background"]
     else:
         kinds = ["mask", "cutout"] + (["background"] if background is not None else [])
     kinds = list(dict.fromkeys([*kinds, *(["panel"] if panel else [])]))
     unknown = [kind for kind in kinds if kind not in OUTPUTS]
     if unknown or not kinds:
-        wrong = unknown[0] if unknown else save
-        raise UsageError(f"--save {wrong!r} is unknown; there are {', '.join(OUTPUTS)}")
-    if background is not None and not {"background", "panel"} & set(kinds):
-        raise UsageError("--background shows in neither of --save; add background or panel")
-    if one_only and len(kinds) > 1:
         raise UsageError(
-            f"--output {output} holds one picture, not {' and '.join(kinds)}; choose by --save"
+            f"--save: unknown kind {unknown[0] if unknown else save!r}",
+            f"available: {', '.join(OUTPUTS)}",
+        )
+    if background is not None and not {"background", "panel"} & set(kinds):
+        raise UsageError(
+            "--background has no effect on the kinds of --save", "add background or panel"
+        )
+    if single_output and len(kinds) > 1:
+        raise UsageError(
+            f"--output {output} holds one image, not {' and '.join(kinds)}", "choose one by --save"
         )
     return kinds
 
 
-def tile_of(text: str) -> int | Literal["auto"] | None:
-    """What `--tile` says: a side in pixels, "auto", or None for off.
+def parse_tile(text: str) -> int | Literal["auto"] | None:
+    """Parse `--tile`: a side in pixels, "auto", or "off" (None).
 
     Raises:
-        UsageError: it says something else, or tiles cannot have that side.
+        UsageError: the value is invalid, or tiles cannot have this side.
     """
     if text == "auto":
         return "auto"
     if text == "off":
         return None
     if not text.isdecimal():
-        raise UsageError(f"--tile {text!r} is no number of pixels, not auto, and not off")
-    check_side(int(text))
+        raise UsageError(f"invalid --tile {text!r}", "use a number of pixels, auto or off")
+    check_tile_size(int(text))
     return int(text)
 
 
-def plan_jobs(
-    words: Sequence[str],
-    output: Path,
-    kinds: Sequence[str],
-    *,
-    background: str = "blur",
-    records: Path | None = None,
-    overwrite: bool = False,
-) -> list[Job]:
-    """Pair every input with its outputs before any work is done.
+def _expand(argument: str, exclude: Path | None) -> list[tuple[Path | None, Path]]:
+    """Return each matching file, with its path relative to the argument."""
+    if argument == STDIN:
+        return [(None, Path("stdin"))]
+    path = Path(argument)
+    if path.is_dir():
+        images = [file for file in find_images(path) if not _is_excluded(file, path, exclude)]
+        if not images:
+            raise UsageError(f"{path}: no images in this folder")
+        return [(file, file.relative_to(path)) for file in images]
+    if path.exists():
+        return [(path, Path(path.name))]
+    # Path.glob does not accept absolute patterns.
+    matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]  # noqa: PTH207
+    files = [match for match in matches if match.is_file()]
+    if not files:
+        raise UsageError(f"{argument}: no such file, and no match for that pattern")
+    return [(file, Path(file.name)) for file in files]
 
-    Args:
-        words: as in `segtrain.prediction.inputs.find_inputs`.
-        output: a folder; or, for one input and one kind, a file with a picture's or video's
-            suffix, or "-" for standard output.
-        kinds: of `OUTPUTS`.
-        background: what people are put on, for it may decide on a file's format.
-        records: the file of --jsonl, which is an output like the others.
-        overwrite: allow outputs that exist. An input is never overwritten.
 
-    Raises:
-        UsageError: nothing is found, outputs would collide, or an output exists or is an input.
-    """
-    alone = output == STDOUT or _is_file_name(output)
-    if output.exists() and not output.is_dir() and not alone:
-        raise UsageError(f"--output {output} is a file; give a folder, or a name like x.png")
-    inputs = find_inputs(words, leave_out=None if alone else output)
-    if alone:
-        jobs = [_only_job(inputs, output, kinds[0], background)]
+def _is_excluded(file: Path, folder: Path, exclude: Path | None) -> bool:
+    if exclude is None or exclude.resolve() == folder.resolve():
+        return False
+    return file.resolve().is_relative_to(exclude.resolve())
+
+
+def _is_single_output(output: Path) -> bool:
+    """Whether `output` is standard output or a file. An existing folder may be named x.png."""
+    is_file_name = output.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and not output.is_dir()
+    return output == STDOUT or is_file_name
+
+
+def _folder_job(source: Input, folder: Path, kinds: Sequence[str], background: str) -> Job:
+    stem = folder / source.stem
+    if source.is_video:
+        suffixes = {"video": video_output_suffix(background)}
     else:
-        jobs = [_job(meant, output, kinds, background) for meant in inputs]
-    if records == STDOUT and output == STDOUT:
-        raise UsageError("--output - and --jsonl - would mix on standard output; give one a file")
-    _refuse_conflicts(jobs, None if records == STDOUT else records, overwrite=overwrite)
-    return jobs
+        suffixes = {kind: output_suffix(kind, background) for kind in kinds}
+    outputs = {kind: stem.with_name(stem.name + suffix) for kind, suffix in suffixes.items()}
+    return Job(source.path, {**outputs}, source.is_video)
 
 
-def _is_file_name(output: Path) -> bool:
-    """A folder may be called x.png, if it is one."""
-    suffix = output.suffix.lower()
-    return suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES and not output.is_dir()
-
-
-def _job(meant: Input, folder: Path, kinds: Sequence[str], background: str) -> Job:
-    stem = folder / meant.stem
-    if meant.is_video:
-        outputs = {"video": stem.with_name(stem.name + video_suffix_of(background))}
-    else:
-        outputs = {kind: stem.with_name(stem.name + suffix_of(kind, background)) for kind in kinds}
-    return Job(meant.path, {**outputs}, meant.is_video)
-
-
-def _only_job(inputs: Sequence[Input], output: Path, kind: str, background: str) -> Job:
+def _single_output_job(inputs: Sequence[Input], output: Path, kind: str, background: str) -> Job:
     if len(inputs) > 1:
         raise UsageError(
-            f"--output {output} is one file, and there are {len(inputs)} inputs; give a folder"
+            f"--output {output} is one file, but there are {len(inputs)} inputs", "give a folder"
         )
-    [meant] = inputs
-    if meant.is_video:
-        wanted = Path(video_suffix_of(background)).suffix
-        if output.suffix != wanted:
+    [source] = inputs
+    if source.is_video:
+        suffix = Path(video_output_suffix(background)).suffix
+        if output.suffix != suffix:
             raise UsageError(
-                f"--output {output} cannot hold that video; give a name like x{wanted}"
+                f"--output {output} cannot hold this video", f"give a name like x{suffix}"
             )
-        return Job(meant.path, {"video": output}, is_video=True)
+        return Job(source.path, {"video": output}, is_video=True)
     if output == STDOUT:
-        return Job(meant.path, {kind: None})
-    if output.suffix.lower() not in _WRITABLE:
-        raise UsageError(f"--output {output} is not written here; give .png or .jpg")
-    if output.suffix.lower() != ".png" and suffix_of(kind, background).endswith(".png"):
-        raise UsageError(f"--output {output}: JPEG would spoil a {kind}; give .png")
-    return Job(meant.path, {kind: output})
+        return Job(source.path, {kind: None})
+    if output.suffix.lower() not in _WRITABLE_SUFFIXES:
+        raise UsageError(f"--output {output}: unsupported format", "use .png or .jpg")
+    if output.suffix.lower() != ".png" and output_suffix(kind, background).endswith(".png"):
+        raise UsageError(f"--output {output}: JPEG cannot store a {kind}", "use .png")
+    return Job(source.path, {kind: output})
 
 
-def _refuse_conflicts(jobs: Sequence[Job], records: Path | None, *, overwrite: bool) -> None:
+def _check_conflicts(jobs: Sequence[Job], jsonl: Path | None, *, overwrite: bool) -> None:
     sources = {job.source.resolve() for job in jobs if job.source is not None}
-    writer: dict[Path, str] = {}
-    for path, name in _written(jobs, records):
-        # The folder is resolved, for two of its names may mean one; the file itself is not: a link
-        # in its place is replaced, not followed.
+    owners: dict[Path, str] = {}
+    for path, name in _output_files(jobs, jsonl):
+        # Resolve the folder, because two paths may lead to one folder. Do not resolve the file: a
+        # link in its place is replaced, not followed.
         place = path.parent.resolve() / path.name
-        if place in writer:
+        if place in owners:
             raise UsageError(
-                f"{writer[place]} and {name} would both become {path.name}; give them different "
-                "--output folders"
+                f"{owners[place]} and {name} would both be written to {path.name}",
+                "give them different --output folders",
             )
-        writer[place] = name
+        owners[place] = name
         if path.resolve() in sources:
-            raise UsageError(f"{path} is an input too; choose another --output")
+            raise UsageError(f"{path} is also an input", "choose another --output")
         if path.is_dir():
-            raise UsageError(f"{path} is a folder; choose another --output")
-        if not overwrite and (path.exists() or path.is_symlink()):
-            raise UsageError(f"{path} exists; use --overwrite or another --output")
+            raise UsageError(f"{path} is a folder", "choose another --output")
+        refuse_existing([path], overwrite=overwrite, option="--output")
 
 
-def _written(jobs: Sequence[Job], records: Path | None) -> Iterator[tuple[Path, str]]:
+def _output_files(jobs: Sequence[Job], jsonl: Path | None) -> Iterator[tuple[Path, str]]:
+    """Yield each output file with the input or option that it belongs to."""
     for job in jobs:
         for path in job.files:
             yield path, job.name
-    if records is not None:
-        yield records, "--jsonl"
+    if jsonl is not None:
+        yield jsonl, "--jsonl"

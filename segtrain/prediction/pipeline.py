@@ -1,8 +1,8 @@
-"""Reading, the network and writing at the same time, in bounded memory, results in order.
+"""Read, predict and write images concurrently, in bounded memory, with results in input order.
 
-Threads read ahead and write behind; the network is asked by the thread that asks for outcomes,
-which also decides everything: what is let in, what goes together, what comes out next. So there is
-nothing to lock and no way to wait in a circle.
+A thread pool reads ahead and writes results. The network runs in the thread that iterates over the
+outcomes, and that thread makes all decisions: what is read next, what forms a batch, what is
+yielded next. So no locks are needed, and deadlocks are impossible.
 """
 
 from collections import deque
@@ -13,88 +13,96 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
-from segtrain.cores import usable_cores
 from segtrain.errors import DataError
-from segtrain.images import Picture, Pixels
+from segtrain.imaging.images import DecodedImage
+from segtrain.inference.backend import Backend
+from segtrain.inference.probability import ProbsLike
 from segtrain.prediction.jobs import Job
-from segtrain.prediction.network import Network
-from segtrain.prediction.probability import Probability
-from segtrain.stopping import check
+from segtrain.runtime.cpu import available_cpus
+from segtrain.runtime.signals import raise_if_stopped
+from segtrain.types import Image
 
-Facts = Mapping[str, Any]
-Finish = Callable[[Job, Pixels, Probability], Facts]
+ImageStats = Mapping[str, Any]
+PostprocessFn = Callable[[Job, Image, ProbsLike], ImageStats]
 
-# What a picture takes from decoding to its encoded outputs, in bytes a pixel.
+# Peak memory per pixel, from decoding to the encoded outputs.
 _BYTES_PER_PIXEL = 24
-# All pictures under way share so much; one that takes more goes alone.
-_ROOM = 10**9
-_SECONDS_BETWEEN_LOOKS = 0.2
+# Memory that all images in flight share; an image that needs more is processed alone.
+_MAX_BYTES = 10**9
+_SIGNAL_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a picture.
+    """The outcome of one image.
 
-    facts: what finishing it found; None where it could not be used, and `problem` says why.
-    size: height and width. seconds: spent on it, waiting not counted.
+    Attributes:
+        job: the job of the image.
+        stats: what postprocessing returned; None if the image failed.
+        error: the reason of a failure.
+        note: ignored parts of the file, such as other frames of an animation.
+        size: height and width.
+        seconds: of work, without waiting.
     """
 
     job: Job
-    facts: Facts | None = None
-    problem: str | None = None
+    stats: ImageStats | None = None
+    error: str | None = None
     note: str | None = None
     size: tuple[int, int] | None = None
     seconds: float = 0.0
 
 
 @dataclass
-class _Flight:
-    """A picture on its way.
+class _InFlight:
+    """An image that is being processed.
 
-    reading: let go as soon as the network has the picture. ending: what its outcome comes from:
-    finishing it, or reading it where that failed.
+    Attributes:
+        num_bytes: estimated peak memory.
+        image: the decoded image; released as soon as the network has run.
+        result: the future of the outcome: postprocessing, or a failed read.
     """
 
     job: Job
-    room: int
-    reading: Future[tuple[Picture, float]] | None
-    ending: Future[Any] | None = None
+    num_bytes: int
+    image: Future[tuple[DecodedImage, float]] | None
+    result: Future[Any] | None = None
     note: str | None = None
     size: tuple[int, int] | None = None
     seconds: float = 0.0
 
 
 class Pipeline:
-    """Does jobs. Inside `with` it reads ahead, even before there is a network to ask.
+    """Process jobs. Inside `with`, it reads ahead, even before the network is loaded.
 
-    Leaving it early, by whatever exception, waits for what is being read or written and begins
-    nothing new: a picture's outputs are all there or none is.
+    Leaving the block early, by any exception, waits for the reads and writes in progress and starts
+    nothing new, so the outputs of an image are written completely or not at all.
 
     Args:
-        jobs: pictures, no videos.
-        weigh: how many pixels a job will have, at a glance; 0 where that cannot be seen.
-        read: decodes the picture of a job; its DataError costs this picture only.
-        finish: makes and writes the outputs of a job; as `read` does.
+        jobs: images, no videos.
+        count_pixels: returns the size of a job's image from its header; 0 if unknown.
+        read: decodes the image of a job. A DataError fails only this image.
+        postprocess: makes and writes the outputs of a job. A DataError fails only this image.
     """
 
     def __init__(
         self,
         jobs: Sequence[Job],
         *,
-        weigh: Callable[[Job], int],
-        read: Callable[[Job], Picture],
-        finish: Finish,
+        count_pixels: Callable[[Job], int],
+        read: Callable[[Job], DecodedImage],
+        postprocess: PostprocessFn,
     ) -> None:
-        self._waiting = deque(jobs)
-        self._weigh, self._read, self._finish = weigh, read, finish
-        self._flights: deque[_Flight] = deque()
-        self._threads = usable_cores()
-        self._pool = ThreadPoolExecutor(self._threads, "pictures")
-        self._at_once = 1
+        self._queue = deque(jobs)
+        self._count_pixels, self._read, self._postprocess = count_pixels, read, postprocess
+        self._in_flight: deque[_InFlight] = deque()
+        self._num_threads = available_cpus()
+        self._pool = ThreadPoolExecutor(self._num_threads, "images")
+        self._batch_size = 1
         self.num_done = 0
 
     def __enter__(self) -> Self:
-        self._let_in()
+        self._read_ahead()
         return self
 
     def __exit__(
@@ -104,80 +112,81 @@ class Pipeline:
         traceback: TracebackType | None,
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self.num_done += sum(_went_well(flight.ending) for flight in self._flights)
+        self.num_done += sum(_succeeded(item.result) for item in self._in_flight)
 
-    def outcomes(self, network: Network) -> Iterator[Outcome]:
-        """Every job's outcome, in the order of the jobs.
+    def outcomes(self, backend: Backend) -> Iterator[Outcome]:
+        """Yield the outcome of every job, in the order of the jobs.
 
         Args:
-            network: gets pictures of one size together, as many as it likes best.
+            backend: gets images of one size in batches of up to `backend.batch_size`.
 
         Raises:
-            Stopped: a signal has come.
-            Exception: whatever the network, or a step but for its DataError, raises.
+            Stopped: a signal was received.
+            Exception: any exception of the backend, or of a step except its DataError.
         """
-        self._at_once = network.at_once
-        while self._flights or self._waiting:
-            self._let_in()
-            unasked = [flight for flight in self._flights if flight.ending is None]
-            if unasked:
-                self._ask(network, unasked)
+        self._batch_size = backend.batch_size
+        while self._in_flight or self._queue:
+            self._read_ahead()
+            pending = [item for item in self._in_flight if item.result is None]
+            if pending:
+                self._predict_batch(backend, pending)
             else:
-                _wait(self._flights[0].ending)
-            while self._flights and _has_ended(self._flights[0].ending):
-                yield self._outcome(self._flights.popleft())
+                _wait(self._in_flight[0].result)
+            while self._in_flight and _is_done(self._in_flight[0].result):
+                yield self._outcome(self._in_flight.popleft())
 
-    def _let_in(self) -> None:
-        taken = sum(flight.room for flight in self._flights)
-        # So many keep all threads busy while the network has a batch and the next one waits.
-        at_most = 2 * (self._threads + self._at_once)
-        while self._waiting and len(self._flights) < at_most:
-            job = self._waiting[0]
-            room = self._weigh(job) * _BYTES_PER_PIXEL
-            if self._flights and taken + room > _ROOM:
+    def _read_ahead(self) -> None:
+        num_bytes = sum(item.num_bytes for item in self._in_flight)
+        # Enough to keep all threads busy while one batch is in the network and the next one waits.
+        max_in_flight = 2 * (self._num_threads + self._batch_size)
+        while self._queue and len(self._in_flight) < max_in_flight:
+            job = self._queue[0]
+            needed = self._count_pixels(job) * _BYTES_PER_PIXEL
+            if self._in_flight and num_bytes + needed > _MAX_BYTES:
                 return
-            taken += room
-            self._waiting.popleft()
-            self._flights.append(_Flight(job, room, self._pool.submit(_timed, self._read, job)))
+            num_bytes += needed
+            self._queue.popleft()
+            image = self._pool.submit(_timed, self._read, job)
+            self._in_flight.append(_InFlight(job, needed, image))
 
-    def _ask(self, network: Network, unasked: Sequence[_Flight]) -> None:
-        """Ask about the next picture, and those of its size that have been read."""
-        _wait(unasked[0].reading)
-        batch: list[_Flight] = []
-        pictures: list[Pixels] = []
-        for flight in unasked:
-            if len(batch) == self._at_once:
+    def _predict_batch(self, backend: Backend, pending: Sequence[_InFlight]) -> None:
+        """Run the network on the next image and on decoded ones of the same size."""
+        _wait(pending[0].image)
+        batch: list[_InFlight] = []
+        images: list[Image] = []
+        for item in pending:
+            if len(batch) == self._batch_size:
                 break
-            if flight.reading is None or not flight.reading.done():
+            if item.image is None or not item.image.done():
                 continue
-            if flight.reading.exception() is not None:
-                flight.ending, flight.reading = flight.reading, None
+            if item.image.exception() is not None:
+                item.result, item.image = item.image, None
                 continue
-            picture, seconds = flight.reading.result()
-            if pictures and picture.pixels.shape != pictures[0].shape:
+            decoded, seconds = item.image.result()
+            if images and decoded.pixels.shape != images[0].shape:
                 continue
-            flight.note, flight.size, flight.seconds = picture.note, picture.size, seconds
-            flight.reading = None
-            batch.append(flight)
-            pictures.append(picture.pixels)
+            item.note, item.size, item.seconds = decoded.note, decoded.size, seconds
+            item.image = None
+            batch.append(item)
+            images.append(decoded.pixels)
         if not batch:
             return
         started = perf_counter()
-        answers = network.probs(pictures)
+        batch_probs = backend.probs(images)
         seconds = (perf_counter() - started) / len(batch)
-        for flight, pixels, probability in zip(batch, pictures, answers, strict=True):
-            flight.seconds += seconds
-            flight.ending = self._pool.submit(_timed, self._finish, flight.job, pixels, probability)
+        for item, image, probs in zip(batch, images, batch_probs, strict=True):
+            item.seconds += seconds
+            item.result = self._pool.submit(_timed, self._postprocess, item.job, image, probs)
 
-    def _outcome(self, flight: _Flight) -> Outcome:
-        assert flight.ending is not None
+    def _outcome(self, item: _InFlight) -> Outcome:
+        assert item.result is not None
         try:
-            facts, seconds = flight.ending.result()
+            stats, seconds = item.result.result()
         except DataError as error:
-            return Outcome(flight.job, problem=str(error))
+            return Outcome(item.job, error=str(error))
         self.num_done += 1
-        seconds += flight.seconds
-        return Outcome(flight.job, facts, note=flight.note, size=flight.size, seconds=seconds)
+        seconds += item.seconds
+        return Outcome(item.job, stats, note=item.note, size=item.size, seconds=seconds)
 
 
 def _timed(step: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -186,18 +195,18 @@ def _timed(step: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 
 def _wait(future: Future[Any] | None) -> None:
-    """Until it has ended, or a signal has come."""
+    """Wait until the future is done. Raises Stopped if a signal is received."""
     assert future is not None
-    check()
-    while not wait([future], timeout=_SECONDS_BETWEEN_LOOKS).done:
-        check()
+    raise_if_stopped()
+    while not wait([future], timeout=_SIGNAL_POLL_SECONDS).done:
+        raise_if_stopped()
 
 
-def _has_ended(future: Future[Any] | None) -> bool:
+def _is_done(future: Future[Any] | None) -> bool:
     return future is not None and future.done()
 
 
-def _went_well(future: Future[Any] | None) -> bool:
+def _succeeded(future: Future[Any] | None) -> bool:
     return (
         future is not None
         and future.done()

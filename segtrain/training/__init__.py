@@ -1,1 +1,1 @@
-"""Training a network: one epoch, the loop over them, and what a run leaves."""
+"""Training: the training step, the loop over epochs and stages, and the files of a run."""

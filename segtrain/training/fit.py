@@ -1,40 +1,43 @@
-"""The whole training: through all stages and epochs, train, judge, save and tell."""
+"""The training loop over epochs and stages: train, validate, save and report."""
 
+import logging
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from segtrain.checkpoint import load_checkpoint
-from segtrain.config import Config, stage_configs
+from segtrain.config.resolve import stage_configs
+from segtrain.config.schema import Config
 from segtrain.data.workers import worker_errors
 from segtrain.errors import CheckpointError, DivergedError
-from segtrain.runs import point_latest_at
-from segtrain.stopping import Stopped
-from segtrain.training.batch_size import images_at_once, smaller_number
-from segtrain.training.epoch import Diverging, NoMemory, memory_errors, train_one_epoch
-from segtrain.training.logs import Row, RunLog
-from segtrain.training.network import make_ready
-from segtrain.training.outputs import RunOutputs
-from segtrain.training.setting import Setting, Stage, open_setting, open_stage
-from segtrain.training.start import Start
+from segtrain.runs.folder import point_latest_at
+from segtrain.runs.read import Row
+from segtrain.runtime.signals import Stopped
+from segtrain.training.batch_size import choose_micro_batch_size, shrink_micro_batch_size
+from segtrain.training.epoch import Diverged, OutOfMemory, memory_errors, train_one_epoch
+from segtrain.training.parallel import prepare_model
+from segtrain.training.reporting import RunOutputs
+from segtrain.training.resume import ResumePoint
+from segtrain.training.setup import StageData, TrainContext, open_stage
 from segtrain.training.state import (
     TrainingState,
-    begin,
-    check_space,
-    next_stage,
-    resume,
+    build_state,
+    check_disk_space,
+    next_stage_state,
+    restore_state,
     save_best,
     save_last,
 )
-from segtrain.training.validation import measure_statistics, samples, validate
+from segtrain.training.validation import predict_samples, recalibrate_batch_norm, validate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended. history has a row for each epoch, as metrics.jsonl."""
+    """Result of a run; `history` has one row per epoch, as in metrics.jsonl."""
 
     best_iou: float
     best_epoch: int
@@ -42,202 +45,204 @@ class FitResult:
     history: list[Row]
 
 
-def fit(start: Start, log: RunLog) -> FitResult:
+def fit(ctx: TrainContext) -> FitResult:
     """Train until all epochs of all stages are done.
 
-    After each epoch the validation images are judged at original resolution, and last.pt, best.pt
-    (by global person IoU), metrics.jsonl, curves.png and a sheet of samples are written.
+    Each epoch ends with validation at original resolution and writes last.pt, best.pt (selected by
+    global person IoU), metrics.jsonl, curves.png and a contact sheet of samples.
 
     Raises:
-        UserError: bad data, no memory, a full disk, or a training that diverged (DivergedError);
+        UserError: bad data, out of memory, a full disk, or divergence (DivergedError); the
             checkpoints written before stay as they are.
-        Stopped: a signal came; last.pt holds everything until the last step.
+        Stopped: a signal was received; last.pt holds the state after the last step.
     """
-    setting = open_setting(start, log)
-    plans = stage_configs(setting.config)
-    state = _first_state(setting, plans, start)
+    configs = stage_configs(ctx.config)
+    state = _first_state(ctx, configs)
     stage = None
-    tensorboard = setting.config.train.tensorboard and setting.world.is_first
-    with RunOutputs(setting.run, log, tensorboard=tensorboard) as outputs:
-        if start.resumed is not None and setting.world.is_first:
-            _catch_up(setting, plans[state.stage], state, outputs)
-        while not _is_done(plans[state.stage], state) or state.stage + 1 < len(plans):
-            if _is_done(plans[state.stage], state):
-                state = _begin_next_stage(setting, plans, state)
+    tensorboard = ctx.config.train.tensorboard and ctx.world.is_main
+    with RunOutputs(ctx.run, tensorboard=tensorboard) as outputs:
+        if ctx.resume_point is not None and ctx.world.is_main:
+            _rewrite_outputs(ctx, configs[state.stage], state, outputs)
+        while not _is_done(configs[state.stage], state) or state.stage + 1 < len(configs):
+            if _is_done(configs[state.stage], state):
+                state = _begin_next_stage(ctx, configs, state)
             if stage is None or stage.number != state.stage:
                 if stage is not None:
-                    _tell_of_damage(log, stage)
-                stage = open_stage(setting, state.stage, plans[state.stage], state.images_at_once)
+                    _warn_of_damaged_images(stage)
+                stage = open_stage(ctx, state.stage, configs[state.stage], state.micro_batch_size)
             try:
-                row = _epoch(setting, stage, state)
-            except Diverging as diverging:
-                state = _gone_back(setting, stage.config, state, diverging)
+                row = _train_and_validate(ctx, stage, state)
+            except Diverged as diverged:
+                state = _roll_back(ctx, stage.config, state, diverged)
                 continue
-            except NoMemory:
-                _lower_images_at_once(setting, stage.config, state)
-                _tell_of_damage(log, stage)
-                stage = None  # its validation batches were of the larger number
+            except OutOfMemory:
+                _shrink_micro_batches(ctx, stage.config, state)
+                _warn_of_damaged_images(stage)
+                stage = None  # its validation batches are too large as well
                 continue
-            _conclude(setting, stage, state, row, outputs)
-            if setting.world.is_first:
-                pictures = list(samples(setting, stage, state.judged_model))
-                outputs.write(state.history, pictures)
+            _finish_epoch(ctx, stage, state, row)
+            if ctx.world.is_main:
+                outputs.write(state.history, list(predict_samples(ctx, stage, state.eval_model)))
             num_epochs = state.epoch - state.stage_epoch + stage.config.train.epochs
-            outputs.tell(state.history, num_epochs=num_epochs + _epochs_after(plans, state.stage))
+            num_later = sum(config.train.epochs for config in configs[state.stage + 1 :])
+            outputs.report(state.history, num_epochs=num_epochs + num_later)
     if stage is not None:
-        _tell_of_damage(log, stage)
+        _warn_of_damaged_images(stage)
     return FitResult(state.best_iou, state.best_epoch, state.epoch, state.history)
 
 
-def _first_state(setting: Setting, plans: list[Config], start: Start) -> TrainingState:
-    """The state resumed, or a fresh one; last.pt holds it.
+def _first_state(ctx: TrainContext, configs: list[Config]) -> TrainingState:
+    """Return the resumed state, or a new one, after saving it as last.pt.
 
-    So a disk that is full or read-only is found before the first step, and there is always a state
-    to go back to.
+    A full or read-only disk is thereby found before the first step, and there is always a state to
+    roll back to.
     """
-    if start.resumed is not None and start.resumed_from is not None:
-        training = start.resumed.training
-        number = training.get("stage")
-        if type(number) is not int or not 0 <= number < len(plans):
-            raise CheckpointError(
-                f"{start.resumed_from} is in a stage that its configuration does not have; "
-                "start a new run"
-            )
-        plan = plans[number]
-        state = resume(
-            start.resumed,
-            start.resumed_from,
-            plan,
-            setting.device,
-            use_scaler=setting.use_scaler,
-        )
-        _share_anew(setting, training, state)
-        if start.other_validation and not _is_done(plan, state):
-            setting.log.warn(
-                "the validation pictures are not those before: the best IoU is looked for anew"
-            )
-            state.best_iou = -1.0
-        if setting.use_scaler and not training["scaler"]:
-            setting.log.warn("the run was not in fp16 before: its gradient scaler starts afresh")
-        before = stage_configs(start.resumed.config)
-        looked_before = before[min(number, len(before) - 1)].train.batch_size == "auto"
-        if plan.train.batch_size != "auto" or not looked_before:
-            state.images_at_once = images_at_once(setting, plan, state.model)
-        if start.resumed_from != setting.run.last:
-            _save_last(setting, state)
+    if ctx.resume_point is not None:
+        state = _resumed_state(ctx, configs, ctx.resume_point)
+        if ctx.resume_point.path != ctx.run.last:
+            _save_last(ctx, state)
     else:
-        state = begin(plans[0], setting.device, use_scaler=setting.use_scaler)
-        state.num_processes = setting.world.size
-        state.images_at_once = images_at_once(setting, plans[0], state.model)
-        if setting.world.is_first:
-            save_last(setting.run, state, setting.config, setting.data)
-    if setting.world.is_first:
-        check_space(setting.run)
-    _make_ready(setting, state)
+        state = build_state(configs[0], ctx.device, use_scaler=ctx.use_scaler)
+        state.num_processes = ctx.world.size
+        state.micro_batch_size = choose_micro_batch_size(ctx, configs[0], state.model)
+        if ctx.world.is_main:
+            save_last(ctx.run, state, ctx.config, ctx.data)
+    if ctx.world.is_main:
+        check_disk_space(ctx.run)
+    _prepare_model(ctx, state)
     num_parameters = sum(p.numel() for p in state.model.parameters())
-    setting.log.line(f"model: {setting.config.model.name}, {num_parameters:,} parameters")
+    log.info(f"model: {ctx.config.model.name}, {num_parameters:,} parameters")
     return state
 
 
-def _share_anew(setting: Setting, training: dict[str, Any], state: TrainingState) -> None:
-    """Where another number of processes goes on, each has drawn another share of the epoch."""
-    if "num_processes" in training:
-        state.images_drawn = state.images_drawn * state.num_processes // setting.world.size
-    state.num_processes = setting.world.size
+def _resumed_state(ctx: TrainContext, configs: list[Config], point: ResumePoint) -> TrainingState:
+    training = point.checkpoint.training
+    number = training.get("stage")
+    if type(number) is not int or not 0 <= number < len(configs):
+        raise CheckpointError(
+            f"{point.path} is in a stage that its configuration does not have", "start a new run"
+        )
+    config = configs[number]
+    state = restore_state(
+        point.checkpoint, point.path, config, ctx.device, use_scaler=ctx.use_scaler
+    )
+    # Each process has drawn an equal number of images of the epoch.
+    state.samples_seen = state.samples_seen * state.num_processes // ctx.world.size
+    state.num_processes = ctx.world.size
+    val_manifest = point.checkpoint.data.get("val_manifest")
+    if val_manifest not in {None, ctx.val_images.manifest} and not _is_done(config, state):
+        log.warning("the validation images have changed: the search for the best IoU starts over")
+        state.best_iou = -1.0
+    if ctx.use_scaler and not training["scaler"]:
+        log.warning("the run did not use fp16 before: the gradient scaler starts over")
+    before = stage_configs(point.checkpoint.config)
+    was_auto = before[min(number, len(before) - 1)].train.batch_size == "auto"
+    if config.train.batch_size != "auto" or not was_auto:
+        state.micro_batch_size = choose_micro_batch_size(ctx, config, state.model)
+    return state
 
 
-def _begin_next_stage(setting: Setting, plans: list[Config], state: TrainingState) -> TrainingState:
-    setting.log.line(
-        f"stage {state.stage + 2} of {len(plans)}: on with the weights of epoch "
+def _begin_next_stage(
+    ctx: TrainContext, configs: list[Config], state: TrainingState
+) -> TrainingState:
+    log.info(
+        f"stage {state.stage + 2} of {len(configs)}: starting from the weights of epoch "
         f"{state.best_epoch}, the best so far"
     )
-    plan = plans[state.stage + 1]
-    best = setting.run.best
-    new = next_stage(
+    config, best = configs[state.stage + 1], ctx.run.best
+    new = next_stage_state(
         state,
-        plan,
-        setting.world.read_by_first(partial(load_checkpoint, best)),
+        config,
+        ctx.world.read_on_main(partial(load_checkpoint, best)),
         best,
-        setting.device,
-        use_scaler=setting.use_scaler,
+        ctx.device,
+        use_scaler=ctx.use_scaler,
     )
-    new.images_at_once = images_at_once(setting, plan, new.model)
-    # What diverges in this stage must not go back into the one before.
-    _save_last(setting, new)
-    _make_ready(setting, new)
+    new.micro_batch_size = choose_micro_batch_size(ctx, config, new.model)
+    # A stage that diverges must not roll back into the stage before.
+    _save_last(ctx, new)
+    _prepare_model(ctx, new)
     return new
 
 
-def _gone_back(
-    setting: Setting, plan: Config, state: TrainingState, diverging: Diverging
+def _roll_back(
+    ctx: TrainContext, config: Config, state: TrainingState, diverged: Diverged
 ) -> TrainingState:
-    """The state saved last, with half the learning rate; twice in an epoch is too often."""
-    if not diverging.may_go_back or state.went_back_in == state.epoch:
+    """Restore the last saved state with half the learning rate.
+
+    Raises:
+        DivergedError: the run has already been rolled back in this epoch, or must not be.
+    """
+    if not diverged.may_roll_back or state.rolled_back_epoch == state.epoch:
         raise DivergedError(
-            f"epoch {state.epoch + 1} diverged: {diverging}; checkpoints are kept; "
-            "--resume with a lower --lr or --precision fp32"
+            f"epoch {state.epoch + 1} diverged: {diverged}",
+            "the checkpoints are kept; --resume with a lower --lr or --precision fp32",
         )
-    new = resume(
-        setting.world.read_by_first(partial(load_checkpoint, setting.run.last)),
-        setting.run.last,
-        plan,
-        setting.device,
-        use_scaler=setting.use_scaler,
+    new = restore_state(
+        ctx.world.read_on_main(partial(load_checkpoint, ctx.run.last)),
+        ctx.run.last,
+        config,
+        ctx.device,
+        use_scaler=ctx.use_scaler,
     )
-    new.images_at_once = state.images_at_once
-    new.lr_factor, new.went_back_in = state.lr_factor / 2, state.epoch
-    new.tally.forget_row()
-    _make_ready(setting, new)
-    setting.log.warn(
-        f"{diverging}: back to the state after step {new.global_step}, with the learning rate "
+    new.micro_batch_size = state.micro_batch_size
+    new.lr_factor, new.rolled_back_epoch = state.lr_factor / 2, state.epoch
+    new.stats.reset_in_a_row()
+    _prepare_model(ctx, new)
+    log.warning(
+        f"{diverged}: back to the state after step {new.global_step}, with the learning rate "
         f"times {new.lr_factor:g}"
     )
     return new
 
 
-def _lower_images_at_once(setting: Setting, plan: Config, state: TrainingState) -> None:
-    """Save what there was before the step that did not fit, and look for what does fit.
+def _shrink_micro_batches(ctx: TrainContext, config: Config, state: TrainingState) -> None:
+    """Save the state before the step that ran out of memory, and find a size that fits.
 
     Raises:
-        ResourceError: with the advice how to go on, unless the number is ours to choose.
+        ResourceError: no size fits, or the user has chosen the size.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    _save_last(setting, state)
-    state.images_at_once = smaller_number(setting, plan, state.model, state.images_at_once)
+    _save_last(ctx, state)
+    state.micro_batch_size = shrink_micro_batch_size(
+        ctx, config, state.model, state.micro_batch_size
+    )
 
 
-def _make_ready(setting: Setting, state: TrainingState) -> None:
-    make_ready(state.model, setting.config.train, setting.world, setting.device)
+def _prepare_model(ctx: TrainContext, state: TrainingState) -> None:
+    prepare_model(state.model, ctx.config.train, ctx.world, ctx.device)
 
 
-def _is_done(plan: Config, state: TrainingState) -> bool:
-    """Whether a stage has had its epochs, or too many of them without a better IoU."""
-    return state.stage_epoch >= plan.train.epochs or _is_out_of_patience(plan, state)
+def _is_done(config: Config, state: TrainingState) -> bool:
+    """Whether a stage has completed its epochs, or too many of them without a better IoU."""
+    return state.stage_epoch >= config.train.epochs or _is_out_of_patience(config, state)
 
 
-def _is_out_of_patience(plan: Config, state: TrainingState) -> bool:
-    ious, patience = state.stage_ious(), plan.train.patience
+def _is_out_of_patience(config: Config, state: TrainingState) -> bool:
+    ious, patience = state.stage_ious(), config.train.patience
     return patience is not None and bool(ious) and len(ious) - 1 - int(np.argmax(ious)) >= patience
 
 
-def _epoch(setting: Setting, stage: Stage, state: TrainingState) -> Row:
-    """Train and judge once. Where a signal comes, what there is until then is saved."""
+def _train_and_validate(ctx: TrainContext, stage: StageData, state: TrainingState) -> Row:
+    """Train and validate one epoch, and return its metrics.
+
+    Raises:
+        Stopped: a signal was received; the state is saved.
+    """
     started = time.perf_counter()
     try:
-        with worker_errors(stage.train_set.watched):
-            trained = train_one_epoch(
-                setting, stage, state, save=partial(_save_last, setting, state)
-            )
-        model = state.judged_model
+        with worker_errors(stage.train_loader.tracker):
+            trained = train_one_epoch(ctx, stage, state, save=partial(_save_last, ctx, state))
+        model = state.eval_model
         with memory_errors():
             if stage.config.train.bn_eval == "recalibrate":
-                measure_statistics(setting, stage, model, state.images_at_once)
-            metrics = validate(setting, stage, model)
+                recalibrate_batch_norm(ctx, stage, model, state.micro_batch_size)
+            metrics = validate(ctx, stage, model)
     except Stopped as stopped:
-        _save_last(setting, state)
+        _save_last(ctx, state)
         raise Stopped(
             stopped.received,
-            f"everything until step {state.global_step} is saved; --resume auto continues",
+            f"the state after step {state.global_step} is saved; --resume auto continues",
         ) from None
     return {
         "epoch": state.epoch + 1,
@@ -249,55 +254,50 @@ def _epoch(setting: Setting, stage: Stage, state: TrainingState) -> Row:
     }
 
 
-def _conclude(
-    setting: Setting, stage: Stage, state: TrainingState, row: Row, outputs: RunOutputs
-) -> None:
-    """Count the epoch as done and save it."""
+def _finish_epoch(ctx: TrainContext, stage: StageData, state: TrainingState, row: Row) -> None:
+    """Count the epoch as completed and save it."""
     state.history.append(row)
     state.epoch += 1
     state.stage_epoch += 1
     state.begin_epoch()
-    if state.went_back_in == state.epoch - 1 and state.tally.in_a_row:
-        # It ended in the midst of bad steps, so that was no good epoch: the next one still counts
-        # as the one in which the training went back.
-        state.went_back_in = state.epoch
+    if state.rolled_back_epoch == state.epoch - 1 and state.stats.in_a_row:
+        # The epoch ended with skipped steps: keep counting it as the rollback epoch.
+        state.rolled_back_epoch = state.epoch
     if _is_out_of_patience(stage.config, state):
         row["stopped_early"] = state.stage_epoch < stage.config.train.epochs
     if row["val/person_iou"] > state.best_iou:
         state.best_iou, state.best_epoch = row["val/person_iou"], state.epoch
-        if setting.world.is_first:
-            save_best(setting.run, state, setting.config, setting.data)
-    _save_last(setting, state)
+        if ctx.world.is_main:
+            save_best(ctx.run, state, ctx.config, ctx.data)
+    _save_last(ctx, state)
 
 
-def _save_last(setting: Setting, state: TrainingState) -> None:
-    if setting.world.is_first:
-        save_last(setting.run, state, setting.config, setting.data)
-        point_latest_at(setting.run)
+def _save_last(ctx: TrainContext, state: TrainingState) -> None:
+    if ctx.world.is_main:
+        save_last(ctx.run, state, ctx.config, ctx.data)
+        point_latest_at(ctx.run)
 
 
-def _catch_up(setting: Setting, plan: Config, state: TrainingState, outputs: RunOutputs) -> None:
-    """Write what follows from the last epoch, where a kill came between its save and that.
+def _rewrite_outputs(
+    ctx: TrainContext, config: Config, state: TrainingState, outputs: RunOutputs
+) -> None:
+    """Write the outputs of the last epoch if the run was killed after saving its checkpoint.
 
-    Where the run goes on from an older checkpoint, what was told of later epochs is taken back.
+    If the run continues from an older checkpoint, this also drops the rows of later epochs.
     """
-    metrics = setting.run.metrics
-    num_told = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-    if not state.history or num_told == len(state.history):
+    metrics = ctx.run.metrics
+    num_written = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    if not state.history or num_written == len(state.history):
         return
-    pictures = []
-    if not state.images_drawn and state.stage_epoch:  # the network is still that of the epoch
-        stage = open_stage(setting, state.stage, plan, state.images_at_once)
-        pictures = list(samples(setting, stage, state.judged_model))
-    outputs.write(state.history, pictures)
+    samples = []
+    if not state.samples_seen and state.stage_epoch:  # the weights are those of the last epoch
+        stage = open_stage(ctx, state.stage, config, state.micro_batch_size)
+        samples = list(predict_samples(ctx, stage, state.eval_model))
+    outputs.write(state.history, samples)
 
 
-def _epochs_after(plans: list[Config], stage: int) -> int:
-    return sum(plan.train.epochs for plan in plans[stage + 1 :])
-
-
-def _tell_of_damage(log: RunLog, stage: Stage) -> None:
-    for split, batches in (("training", stage.train_set), ("validation", stage.val_set)):
-        if batches.damaged:
-            first = min(batches.damaged)
-            log.warn(f"{split}: {len(batches.damaged)} pictures left out, first: {first}")
+def _warn_of_damaged_images(stage: StageData) -> None:
+    for split, loader in (("training", stage.train_loader), ("validation", stage.val_loader)):
+        if loader.damaged:
+            first = min(loader.damaged)
+            log.warning(f"{split}: {len(loader.damaged)} damaged images skipped, first: {first}")

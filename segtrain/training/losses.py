@@ -2,12 +2,12 @@
 
 Every loss is a function of
 
-    logits: N C H W of any float type; computed in float32. C is 2, but for `cross_entropy`.
+    logits: N C H W of any float type; computed in float32. C is 2, except for `cross_entropy`.
     mask: N H W uint8 in {0 background, 1 person, 255 ignore}.
-    border: N H W uint8 as `segtrain.data.borders` makes it, or None; only `border_ce` looks at it.
+    border: N H W uint8 from `segtrain.data.border_weights`, or None; only `border_ce` uses it.
 
-and gives a scalar, float32. Ignored pixels have no weight and no gradient, and a batch of nothing
-but ignored pixels gives 0 and gradients of 0. None reads from the device.
+and returns a float32 scalar. Ignored pixels have no weight and no gradient. If all pixels of a
+batch are ignored, the loss and its gradients are 0. No loss waits for the device.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,21 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segtrain.classes import IGNORE, PERSON
-from segtrain.config import LossConfig
+from segtrain.config.schema import LossConfig
+from segtrain.types import IGNORE, PERSON
 
 LossFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(logits, mask, border) → loss."""
+"""(logits, mask, border) → scalar loss."""
 
-# Added above and below Dice's fraction, in pixels: nobody in the picture and nobody found is 1.
+# Added to numerator and denominator of Dice, in pixels: no person and none predicted gives 1.
 _DICE_SMOOTH = 1.0
 
 
 def build_loss(config: LossConfig) -> LossFn:
-    """The loss that a configuration names.
+    """Build the configured loss.
 
-    `class_weights` and `label_smoothing` count in every loss with a cross-entropy, that is in all
-    but lovasz, which has neither.
+    `class_weights` and `label_smoothing` apply to every loss with a cross-entropy term, which is
+    every loss except lovasz.
     """
     return LOSSES[config.name](config)
 
@@ -45,22 +45,24 @@ def cross_entropy(
     class_weights: tuple[float, ...] | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Mean cross-entropy over the pixels that are not ignored, a scalar; `border` does not count.
+    """Mean cross-entropy over the pixels that are not ignored, a scalar.
+
+    If all pixels are ignored, the loss is 0, where torch's own mean would be NaN.
 
     Args:
         logits: N C H W of any float type; computed in float32.
-        mask: N H W uint8 classes, 255 is ignored.
-        class_weights: of the C classes, above 0. The mean is weighted, as torch's is: the sum is
+        mask: N H W uint8 classes; 255 is ignored.
+        border: unused.
+        class_weights: one positive weight per class. The mean is weighted as in torch: the sum is
             divided by the sum of the weights of the pixels' true classes.
-        label_smoothing: in 0..1, the share of the target that goes evenly to all classes, as in
-            torch (Szegedy et al. 2016, arXiv 1512.00567, section 7); each class has its weight.
-
-    A batch of nothing but ignored pixels gives 0, where torch's own mean would give NaN.
+        label_smoothing: in 0..1, the fraction of the target that is spread evenly over all classes,
+            as in torch (Szegedy et al. 2016, arXiv 1512.00567, section 7); each class keeps its
+            weight.
     """
     target = mask.long()
     weight = None
     if class_weights is not None:
-        # Filled where it is needed: a copy from the host would wait for the device.
+        # Filled on the device, because a copy from the host would wait for it.
         weight = torch.cat([logits.new_full((1,), w, dtype=torch.float32) for w in class_weights])
     total = F.cross_entropy(
         logits.float(),
@@ -72,63 +74,63 @@ def cross_entropy(
     )
     if class_weights is None:
         return total / (target != IGNORE).sum().clamp(min=1)
-    # A single pixel counts that much at least, so the clamp changes nothing but 0.
+    # A single pixel has at least this weight, so the clamp only replaces a sum of 0.
     return total / _class_weight(mask, class_weights).sum().clamp(min=min(class_weights))
 
 
 def soft_dice(logits: Tensor, mask: Tensor) -> Tensor:
     """1 - (2 sum p g + 1) / (sum p + sum g + 1), a scalar in 0..1.
 
-    p is the probability of person, g is 1 on persons and else 0; the sums go over all pixels of the
-    batch that are not ignored. Milletari et al. 2016 (arXiv 1606.04797, section 3) with p and g in
-    place of their squares below the fraction, as Drozdzal et al. 2016 (arXiv 1608.04117) have it;
-    the 1 defines it where there is nobody.
+    p is the probability of person; g is 1 on person pixels and 0 elsewhere. The sums are over all
+    pixels of the batch that are not ignored. From Milletari et al. 2016 (arXiv 1606.04797,
+    section 3), with p and g instead of their squares in the denominator, as in Drozdzal et al. 2016
+    (arXiv 1608.04117). The 1 defines the loss for batches without a person.
 
     Args:
         logits: N 2 H W of any float type; computed in float32.
         mask: N H W uint8 in {0, 1, 255}.
     """
     counted, person = mask != IGNORE, mask == PERSON
-    probability = torch.where(counted, _log_odds(logits).sigmoid(), 0.0)
-    overlap = torch.where(person, probability, 0.0).sum()
-    both = probability.sum() + person.sum()
-    return 1 - (2 * overlap + _DICE_SMOOTH) / (both + _DICE_SMOOTH)
+    probs = torch.where(counted, _log_odds(logits).sigmoid(), 0.0)
+    overlap = torch.where(person, probs, 0.0).sum()
+    total = probs.sum() + person.sum()
+    return 1 - (2 * overlap + _DICE_SMOOTH) / (total + _DICE_SMOOTH)
 
 
 def lovasz_hinge(logits: Tensor, mask: Tensor, border: Tensor | None = None) -> Tensor:
-    """Lovasz hinge of the person class's IoU over the whole batch, a scalar of 0 or more.
+    """Lovasz hinge of the person IoU over the whole batch, a scalar of 0 or more.
 
     The convex surrogate of 1 - IoU by Berman et al. 2018 (arXiv 1705.08790, eq. 8 and 9 and
-    algorithm 1): the hinge errors max(0, 1 - F y), where F is logit(person) - logit(background) and
-    y is 1 on persons and else -1, are sorted from the largest on, and each is weighed by how much
-    1 - IoU grows when its pixel becomes wrong, too. 0 where every pixel is right by 1 or more.
-    Where there are no persons only the largest error counts.
+    algorithm 1). The hinge errors max(0, 1 - F y), where F is logit(person) - logit(background) and
+    y is 1 on person pixels and -1 elsewhere, are sorted in descending order. Each is weighted by
+    the increase of 1 - IoU when its pixel also becomes wrong. The loss is 0 if every pixel is right
+    by a margin of 1 or more. Without person pixels, only the largest error has a weight.
+
+    An ignored pixel gets error 0 and counts as background. It is sorted after all positive errors,
+    whose weights depend only on the errors before them and on the number of person pixels. Its own
+    weight multiplies an error of 0 without a gradient.
 
     Args:
         logits: N 2 H W of any float type; computed in float32.
         mask: N H W uint8 in {0, 1, 255}.
-        border: does not count.
-
-    An ignored pixel gets error 0 and is no person. So it comes after all errors above 0, whose
-    weights depend on those before them and on the number of persons alone; and its own weight,
-    whatever it is, meets an error of 0 that has no gradient.
+        border: unused.
     """
     error = torch.where(mask != IGNORE, F.relu(1 - _margin(logits, mask)), 0.0)
-    # Stable, for pixels with one error share it unevenly: the same weights for the same run.
+    # Stable, because pixels with equal errors get different weights: equal runs must agree.
     error, order = error.flatten().sort(descending=True, stable=True)
     with torch.no_grad():
         person = (mask == PERSON).flatten()[order]
-        # Integers, and no differences of nearly equal floats as in the paper's algorithm: a step of
-        # a millionth would hold one digit.
-        found = person.cumsum(0)
-        others = torch.arange(1, len(person) + 1, device=person.device) - found
-        missing = person.sum() - found
-        union = person.sum() + others
-        # A person's pixel that is lost takes 1 of the intersection, i.e. 1 / union of the IoU. One
-        # of the background that is added makes the union larger by 1. Without persons the first
-        # one takes the IoU from 1 (0 / 0) to 0 / 1.
-        growth = torch.where(person | (union == 1), 1 / union, missing / (union * (union - 1)))
-    return (error * growth).sum()
+        # Integer counts. The paper's algorithm subtracts nearly equal floats, which leaves one
+        # digit of an increase of a millionth.
+        false_negatives = person.cumsum(0)
+        false_positives = torch.arange(1, len(person) + 1, device=person.device) - false_negatives
+        intersection = person.sum() - false_negatives
+        union = person.sum() + false_positives
+        # A missed person pixel takes 1 from the intersection, which is 1 / union of the IoU. A
+        # false positive makes the union larger by 1. Without person pixels, the first one takes
+        # the IoU from 1 (0 / 0) to 0 / 1.
+        weight = torch.where(person | (union == 1), 1 / union, intersection / (union * (union - 1)))
+    return (error * weight).sum()
 
 
 def focal(
@@ -143,25 +145,25 @@ def focal(
     """Mean of -(1 - p)^gamma log p over the pixels that are not ignored, a scalar.
 
     p is the probability of the pixel's class (Lin et al. 2017, arXiv 1708.02002, section 3.2,
-    eq. 4 and 5). The class weights are the paper's alpha. It divides by the number of objects; here
-    the mean is weighted as in `cross_entropy`, of which this is the case gamma = 0.
+    eq. 4 and 5). The class weights are the paper's alpha. The paper divides by the number of
+    objects; this is a weighted mean as in `cross_entropy`, and equal to it for gamma = 0.
 
     Args:
         logits: N 2 H W of any float type; computed in float32.
         mask: N H W uint8 in {0, 1, 255}.
-        border: does not count.
+        border: unused.
         gamma: 0 or more.
-        class_weights, label_smoothing: as in `cross_entropy`; a class's share of the smoothed
-            target weighs its -(1 - p)^gamma log p.
+        class_weights, label_smoothing: as in `cross_entropy`; the smoothed target weights the
+            -(1 - p)^gamma log p of each class.
     """
 
-    def loss_of(margin: Tensor) -> Tensor:
-        # 1 - p is the other class's probability. By its logarithm, the power has a gradient where
-        # 1 - p is 0, and digits where p is nearly 1.
+    def loss_from_margin(margin: Tensor) -> Tensor:
+        # 1 - p is the probability of the other class. Computed from its logarithm, the power has a
+        # gradient where 1 - p is 0 and stays precise where p is nearly 1.
         return F.softplus(-margin) * torch.exp(-gamma * F.softplus(margin))
 
     return _binary_mean(
-        loss_of, logits, mask, class_weights=class_weights, label_smoothing=label_smoothing
+        loss_from_margin, logits, mask, class_weights=class_weights, label_smoothing=label_smoothing
     )
 
 
@@ -174,25 +176,25 @@ def border_cross_entropy(
     class_weights: tuple[float, float] | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy with more weight between two persons, a scalar.
+    """Cross-entropy with more weight between neighboring people, a scalar.
 
-    A pixel weighs class weight + border_weight * border / 255 (Ronneberger et al. 2015,
+    The weight of a pixel is class weight + border_weight * border / 255 (Ronneberger et al. 2015,
     arXiv 1505.04597, section 3, eq. 1 and 2). The paper sums; this divides by the sum of the
-    weights, as every weighted mean here, so that the learning rate means the same. Without borders
-    it is `cross_entropy`.
+    weights, like every weighted mean here, so that learning rates stay comparable. Without borders
+    it equals `cross_entropy`.
 
     Args:
         logits: N 2 H W of any float type; computed in float32.
         mask: N H W uint8 in {0, 1, 255}.
-        border: N H W uint8, as `segtrain.data.borders.border_map` makes it of each mask.
-        border_weight: 0 or more: w0 of the paper.
+        border: N H W uint8, from `segtrain.data.border_weights.border_map` for each mask.
+        border_weight: w0 of the paper, 0 or more.
         class_weights, label_smoothing: as in `cross_entropy`.
 
     Raises:
-        ValueError: there is no border; the batches must be made with a sigma.
+        ValueError: border is None; the loader needs a border sigma.
     """
     if border is None:
-        raise ValueError("border_ce needs batches with borders: give train_batches border_sigma")
+        raise ValueError("border_ce needs batches with borders: pass border_sigma to train_batches")
     return _binary_mean(
         lambda margin: F.softplus(-margin),
         logits,
@@ -206,7 +208,7 @@ def border_cross_entropy(
 def _ce(config: LossConfig) -> LossFn:
     if config.class_weights is None and not config.label_smoothing:
         return cross_entropy
-    return partial(cross_entropy, **_of_cross_entropy(config))
+    return partial(cross_entropy, **_cross_entropy_options(config))
 
 
 def _ce_dice(config: LossConfig) -> LossFn:
@@ -219,7 +221,7 @@ def _ce_dice(config: LossConfig) -> LossFn:
 
 
 def _focal(config: LossConfig) -> LossFn:
-    return partial(focal, gamma=config.focal_gamma, **_of_cross_entropy(config))
+    return partial(focal, gamma=config.focal_gamma, **_cross_entropy_options(config))
 
 
 def _lovasz(config: LossConfig) -> LossFn:
@@ -228,7 +230,7 @@ def _lovasz(config: LossConfig) -> LossFn:
 
 def _border_ce(config: LossConfig) -> LossFn:
     return partial(
-        border_cross_entropy, border_weight=config.border_weight, **_of_cross_entropy(config)
+        border_cross_entropy, border_weight=config.border_weight, **_cross_entropy_options(config)
     )
 
 
@@ -239,10 +241,10 @@ LOSSES: Mapping[str, Callable[[LossConfig], LossFn]] = {
     "lovasz": _lovasz,
     "border_ce": _border_ce,
 }
-"""Name → what makes the loss of a configuration. The names are those that LossConfig allows."""
+"""Loss name in `LossConfig` → builder of the loss."""
 
 
-def _of_cross_entropy(config: LossConfig) -> dict[str, Any]:
+def _cross_entropy_options(config: LossConfig) -> dict[str, Any]:
     return {
         "class_weights": config.class_weights,
         "label_smoothing": config.label_smoothing,
@@ -256,21 +258,21 @@ def _log_odds(logits: Tensor) -> Tensor:
 
 
 def _margin(logits: Tensor, mask: Tensor) -> Tensor:
-    """N H W float32: how far the logit of a pixel's class is above that of the other."""
+    """N H W float32: logit of the pixel's class minus logit of the other class."""
     odds = _log_odds(logits)
     return torch.where(mask == PERSON, odds, -odds)
 
 
 def _class_weight(mask: Tensor, class_weights: tuple[float, ...]) -> Tensor:
-    """N H W float32: the weight of each pixel's class; 0 where it is ignored."""
+    """N H W float32: the weight of each pixel's class; 0 for ignored pixels."""
     weight = torch.zeros_like(mask, dtype=torch.float32)
-    for label, of_class in enumerate(class_weights):
-        weight = torch.where(mask == label, of_class, weight)
+    for label, class_weight in enumerate(class_weights):
+        weight = torch.where(mask == label, class_weight, weight)
     return weight
 
 
 def _binary_mean(
-    loss_of: Callable[[Tensor], Tensor],
+    loss_from_margin: Callable[[Tensor], Tensor],
     logits: Tensor,
     mask: Tensor,
     *,
@@ -281,8 +283,8 @@ def _binary_mean(
     """Weighted mean of a loss over the pixels that are not ignored.
 
     Args:
-        loss_of: from a class's margin, the logit above that of the other class, to its loss.
-        extra_weight: N H W, added to both classes' weights.
+        loss_from_margin: loss of a class from its margin, its logit minus the other class's logit.
+        extra_weight: N H W, added to the weights of both classes.
     """
     class_weights = class_weights or (1.0, 1.0)
     counted = mask != IGNORE
@@ -292,8 +294,8 @@ def _binary_mean(
         extra_weight = torch.where(counted, extra_weight, 0.0)
         own, other = own + extra_weight, other + extra_weight
     margin = _margin(logits, mask)
-    loss = (1 - label_smoothing / 2) * own * loss_of(margin)
+    loss = (1 - label_smoothing / 2) * own * loss_from_margin(margin)
     if label_smoothing:
-        loss = loss + label_smoothing / 2 * other * loss_of(-margin)
-    # A single pixel counts that much at least, so the clamp changes nothing but 0.
+        loss = loss + label_smoothing / 2 * other * loss_from_margin(-margin)
+    # A single pixel has at least this weight, so the clamp only replaces a sum of 0.
     return torch.where(counted, loss, 0.0).sum() / own.sum().clamp(min=min(class_weights))

@@ -1,4 +1,4 @@
-"""The optimizers and their learning rate."""
+"""Optimizers and learning-rate schedules."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from segtrain.config import OptimConfig
+from segtrain.config.schema import OptimConfig
 
-# So many steps done that nothing is left of Adam's correction for its first ones.
+# Adam's bias correction is 1 in float32 after this many steps.
 _MANY_STEPS = 1e6
 
 
 class RMSprop(torch.optim.Adam):
-    """RMSProp (Tieleman and Hinton 2012) by torch's fused Adam.
+    """RMSProp (Tieleman and Hinton 2012) computed by torch's fused Adam.
 
-    It is Adam without a mean of the gradients and without its correction for the first steps. torch
-    has one kernel for all weights for Adam and none for RMSProp; that kernel also leaves a step out
-    on the device itself, so nobody waits to hear whether the gradients are finite.
+    RMSProp is Adam without the mean of the gradients and without bias correction. torch has a fused
+    kernel over all weights for Adam, but not for RMSProp. The kernel also skips a step on the
+    device, so the host does not wait to check whether the gradients are finite.
     """
 
     def __init__(self, params: Any, *, lr: float, alpha: float, eps: float) -> None:
@@ -34,13 +34,14 @@ class RMSprop(torch.optim.Adam):
 
 
 def _with_state(optimizer: torch.optim.Optimizer, *names: str) -> torch.optim.Optimizer:
-    """The state that torch makes in the first step, made now.
+    """Create the state that torch would otherwise create in the first step.
 
-    So the memory of the first step and the size of the first checkpoint are those of all others.
+    The first step then needs as much memory as every other one, and the first checkpoint is as
+    large.
     """
     for group in optimizer.param_groups:
         for weight in group["params"]:
-            # A fused kernel counts the steps on the device.
+            # Fused kernels keep their step count on the device.
             device = weight.device if group.get("fused") else "cpu"
             step = torch.zeros((), dtype=torch.float32, device=device)
             zeros = {name: torch.zeros_like(weight) for name in names}
@@ -63,7 +64,7 @@ def _rmsprop(groups: Any, config: OptimConfig) -> torch.optim.Optimizer:
 def _sgd(groups: Any, config: OptimConfig) -> torch.optim.Optimizer:
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
     if config.momentum:
-        # torch would make it of the first gradient, also of one that is left out.
+        # torch would initialize it with the first gradient, even if that step is skipped.
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
@@ -89,8 +90,10 @@ OPTIMIZERS: dict[str, Callable[[Any, OptimConfig], torch.optim.Optimizer]] = {
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The configured optimizer; weight decay is for convolution weights only, not for biases and
-    batch norm."""
+    """Build the configured optimizer.
+
+    Weight decay applies to convolution weights only, not to biases and batch norm.
+    """
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
@@ -101,11 +104,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where in a stage of the training the next step is.
+class SchedulePosition:
+    """Position of the next step within a stage.
 
-    epoch: epochs of the stage that are done.
-    step, num_steps: optimizer steps of the stage that are done, and all of them.
+    epoch: completed epochs of the stage.
+    step, num_steps: completed and total optimizer steps of the stage.
     ious: validation IoU after each epoch of the stage.
     """
 
@@ -115,49 +118,55 @@ class Place:
     ious: Sequence[float] = ()
 
 
-def learning_rate(config: OptimConfig, place: Place) -> float:
-    """The rate of one optimizer step: linear warm-up, then the schedule."""
-    warmup = min(1.0, (place.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    return warmup * SCHEDULES[config.schedule](config, place)
+def learning_rate(config: OptimConfig, position: SchedulePosition) -> float:
+    """Learning rate of one optimizer step: linear warm-up, then the schedule."""
+    warmup = min(1.0, (position.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    return warmup * SCHEDULES[config.schedule](config, position)
 
 
-def _exponential(config: OptimConfig, place: Place) -> float:
-    """Jegou et al. 2017 (arXiv 1611.09326), section 4.1: a factor an epoch."""
-    return float(config.lr * config.lr_decay**place.epoch)
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
-def _inverse_time(config: OptimConfig, place: Place) -> float:
-    return config.lr / (1.0 + config.decay_per_step * place.step)
+def _exponential(config: OptimConfig, position: SchedulePosition) -> float:
+    """Jegou et al. 2017 (arXiv 1611.09326), section 4.1: a factor per epoch."""
+    return float(config.lr * config.lr_decay**position.epoch)
 
 
-def _cosine(config: OptimConfig, place: Place) -> float:
+def _inverse_time(config: OptimConfig, position: SchedulePosition) -> float:
+    return config.lr / (1.0 + config.decay_per_step * position.step)
+
+
+def _cosine(config: OptimConfig, position: SchedulePosition) -> float:
     """Loshchilov and Hutter 2017 (arXiv 1608.03983), equation 5, without restarts."""
-    half_wave = (1 + math.cos(math.pi * (1 - _share_left(config, place)))) / 2
-    return config.final_lr + (config.lr - config.final_lr) * half_wave
+    factor = (1 + math.cos(math.pi * (1 - _fraction_left(config, position)))) / 2
+    return config.final_lr + (config.lr - config.final_lr) * factor
 
 
-def _poly(config: OptimConfig, place: Place) -> float:
+def _poly(config: OptimConfig, position: SchedulePosition) -> float:
     """Chen et al. 2017 (DeepLab, arXiv 1606.00915), section 4.1."""
-    share: float = _share_left(config, place) ** config.poly_power
-    return config.final_lr + (config.lr - config.final_lr) * share
+    factor: float = _fraction_left(config, position) ** config.poly_power
+    return config.final_lr + (config.lr - config.final_lr) * factor
 
 
-def _plateau(config: OptimConfig, place: Place) -> float:
-    """Smaller by a factor after each `plateau_patience` epochs that brought nothing better."""
-    num_falls, best, waited = 0, -math.inf, 0
-    for iou in place.ious:
+def _plateau(config: OptimConfig, position: SchedulePosition) -> float:
+    """Multiply by a factor after every `plateau_patience` epochs without a better IoU."""
+    num_drops, best, waited = 0, -math.inf, 0
+    for iou in position.ious:
         waited = 0 if iou > best else waited + 1
         best = max(best, iou)
         if waited == config.plateau_patience:
-            num_falls, waited = num_falls + 1, 0
-    return config.lr * config.plateau_factor**num_falls
+            num_drops, waited = num_drops + 1, 0
+    return config.lr * config.plateau_factor**num_drops
 
 
-def _constant(config: OptimConfig, place: Place) -> float:
+def _constant(config: OptimConfig, position: SchedulePosition) -> float:
     return config.lr
 
 
-SCHEDULES: dict[str, Callable[[OptimConfig, Place], float]] = {
+SCHEDULES: dict[str, Callable[[OptimConfig, SchedulePosition], float]] = {
     "exponential": _exponential,
     "inverse_time": _inverse_time,
     "cosine": _cosine,
@@ -167,7 +176,7 @@ SCHEDULES: dict[str, Callable[[OptimConfig, Place], float]] = {
 }
 
 
-def _share_left(config: OptimConfig, place: Place) -> float:
-    """1 where warm-up ends, 0 at the last step."""
-    falling = max(place.num_steps - 1 - config.warmup_steps, 1)
-    return 1 - min(max((place.step - config.warmup_steps) / falling, 0.0), 1.0)
+def _fraction_left(config: OptimConfig, position: SchedulePosition) -> float:
+    """Linear from 1 at the end of warm-up to 0 at the last step."""
+    num_decay_steps = max(position.num_steps - 1 - config.warmup_steps, 1)
+    return 1 - min(max((position.step - config.warmup_steps) / num_decay_steps, 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""Judging the network after an epoch, in numbers and on a few pictures."""
+"""Validation after an epoch: metrics, and predictions for a few sample images."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -6,85 +6,87 @@ from dataclasses import asdict
 import numpy as np
 from torch import nn
 
-from segtrain.asking import Asking
 from segtrain.data.workers import worker_errors
 from segtrain.errors import DataError
-from segtrain.evaluation.evaluate import evaluate
-from segtrain.images import Pixels
-from segtrain.models.batch_norm import NUM_TO_RECALIBRATE, evaluation_statistics, recalibrate
-from segtrain.models.inference import person_probs_of_picture
-from segtrain.pieces import pieces
-from segtrain.progress import progress_bar
-from segtrain.training.network import average_statistics, unsynchronized
-from segtrain.training.setting import Setting, Stage
+from segtrain.evaluation.confusion import evaluate_batches
+from segtrain.inference.options import InferenceOptions
+from segtrain.inference.predict import person_probs_of_image
+from segtrain.models.batch_norm import NUM_TO_RECALIBRATE, eval_mode, recalibrate
+from segtrain.runtime.progress import progress_bar
+from segtrain.training.parallel import average_running_stats, unsynchronized
+from segtrain.training.setup import StageData, TrainContext
+from segtrain.training.step import micro_batches
+from segtrain.types import Image, Mask
 
 _NUM_SAMPLES = 6
 
 
-def measure_statistics(setting: Setting, stage: Stage, model: nn.Module, at_once: int) -> None:
-    """Batch norm's running statistics measured anew; they are saved with the weights.
+def recalibrate_batch_norm(
+    ctx: TrainContext, stage: StageData, model: nn.Module, micro_batch_size: int
+) -> None:
+    """Recompute the running statistics of batch norm; they are saved with the weights.
 
     Raises:
         Stopped: a signal came.
     """
-    total = min(NUM_TO_RECALIBRATE, stage.train_set.num_images)
-    stage.train_set.set_epoch(stage.train_set.epoch)  # from its beginning
+    total = min(NUM_TO_RECALIBRATE, stage.train_loader.num_images)
+    stage.train_loader.set_epoch(stage.train_loader.epoch)  # start at its first image
     with (
-        progress_bar(total=total, desc="measuring") as bar,
-        worker_errors(stage.train_set.watched),
+        progress_bar(total=total, desc="recalibrating") as bar,
+        worker_errors(stage.train_loader.tracker),
         unsynchronized(model),
     ):
         recalibrate(
             model,
-            (piece for batch in stage.train_set for piece in pieces(batch, at_once)),
-            device=setting.device,
-            autocast=setting.autocast,
+            (
+                part
+                for batch in stage.train_loader
+                for part in micro_batches(batch, micro_batch_size)
+            ),
+            device=ctx.device,
+            autocast=ctx.autocast,
             on_batch=bar.update,
         )
-    average_statistics(model, setting.world)
+    average_running_stats(model, ctx.world)
 
 
-def validate(setting: Setting, stage: Stage, model: nn.Module) -> dict[str, float]:
-    """Metrics over the validation images by their log names.
+def validate(ctx: TrainContext, stage: StageData, model: nn.Module) -> dict[str, float]:
+    """Compute the metrics over the validation images, by the keys of metrics.jsonl.
 
     Raises:
         Stopped: a signal came.
     """
-    total = stage.val_set.num_images
+    total = stage.val_loader.num_images
     with (
         progress_bar(total=total, desc="validating") as bar,
-        worker_errors(stage.val_set.watched),
+        worker_errors(stage.val_loader.tracker),
         unsynchronized(model),
     ):
-        confusion = evaluate(
+        confusion = evaluate_batches(
             model,
-            stage.val_set,
-            asking=Asking(short_side=stage.config.data.image_size),
-            device=setting.device,
-            autocast=setting.autocast,
+            stage.val_loader,
+            options=InferenceOptions(tile=None, size=stage.config.data.image_size),
+            device=ctx.device,
+            autocast=ctx.autocast,
             bn_eval=stage.config.train.bn_eval,
             on_batch=bar.update,
         )
-    setting.world.sum_(confusion.counts)
+    ctx.world.all_reduce_sum(confusion.counts)
     return {f"val/{key}": value for key, value in asdict(confusion.compute()).items()}
 
 
-def samples(
-    setting: Setting, stage: Stage, model: nn.Module
-) -> Iterator[tuple[Pixels, Pixels, Pixels]]:
-    """The same validation pictures every epoch: (image, mask, preds) at original resolution."""
-    source = setting.val_source
-    with unsynchronized(model), evaluation_statistics(model, stage.config.train.bn_eval):
-        for index in np.linspace(0, len(source) - 1, min(_NUM_SAMPLES, len(source))).astype(int):
+def predict_samples(
+    ctx: TrainContext, stage: StageData, model: nn.Module
+) -> Iterator[tuple[Image, Mask, Mask]]:
+    """Yield (image, mask, preds) at original resolution for the same few images every epoch."""
+    val_images = ctx.val_images
+    num_samples = min(_NUM_SAMPLES, len(val_images))
+    options = InferenceOptions(tile=None, size=stage.config.data.image_size)
+    with unsynchronized(model), eval_mode(model, stage.config.train.bn_eval):
+        for index in np.linspace(0, len(val_images) - 1, num_samples).astype(int):
             try:
-                sample = source.sample(int(index))
+                sample = val_images.sample(int(index))
             except DataError:
                 continue  # validation has counted it
-            probs = person_probs_of_picture(
-                model,
-                sample.image,
-                Asking(short_side=stage.config.data.image_size),
-                setting.device,
-                setting.autocast,
-            )
+            probs = person_probs_of_image(model, sample.image, options, ctx.device, ctx.autocast)
             yield sample.image, sample.mask, (probs >= 0.5).byte().cpu().numpy()

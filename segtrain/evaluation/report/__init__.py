@@ -1,1 +1,1 @@
-"""`--report`: one page with every figure, and a gallery with the worst picture first."""
+"""`--report`: a web page with all metrics, and a gallery with the worst images first."""

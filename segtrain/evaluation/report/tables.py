@@ -4,30 +4,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from segtrain.evaluation.bootstrap import Comparison, Interval
-from segtrain.evaluation.judgement import Judgement, SliceFigures
-from segtrain.evaluation.report.words import FIGURE_WORDS, TRIVIAL_WORDS, percent, span
+from segtrain.evaluation.report.format import (
+    BASELINE_LABELS,
+    METRIC_LABELS,
+    low_to_high,
+    percent,
+)
+from segtrain.evaluation.result import EvalResult, SliceMetrics
 
-SLICE_FIGURES = ("image_iou", "precision", "recall", "boundary_iou")
-"""What a slice shows beside the headline."""
+SLICE_METRICS = ("image_iou", "precision", "recall", "boundary_iou")
+"""The metrics of a slice besides person IoU."""
 
-# Those of the trivial answers, which have columns of their own.
-_ELSEWHERE = {"all_person_iou", "all_background_iou"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FigureRow:
-    """One figure: of the subject, and of each trivial answer, "" where that has none."""
-
-    name: str
-    meaning: str
-    value: str
-    span: str
-    trivial: list[str]
+# Metrics of the baselines, which have their own columns.
+_BASELINE_METRICS = {"all_person_iou", "all_background_iou"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bar:
-    """A figure to look at, in 0..1."""
+class HeadlineBar:
+    """Person IoU of the result or of a baseline, in 0..1."""
 
     name: str
     meaning: str
@@ -35,80 +29,100 @@ class Bar:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricRow:
+    """One metric, formatted.
+
+    baselines: its value for each baseline; "" if it has none.
+    """
+
+    name: str
+    meaning: str
+    value: str
+    interval: str
+    baselines: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SliceGroup:
-    """The parts that pictures are parted into by one criterion; `number` as in the gallery."""
+    """The slices of one criterion; `number` as in the gallery."""
 
     number: int
     name: str
-    parts: list[SliceFigures]
+    slices: list[SliceMetrics]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
-    """One figure of two runs."""
+    """One metric of two runs, formatted.
+
+    significant: whether the interval of the difference excludes 0.
+    """
 
     name: str
     first: str
     second: str
     difference: str
-    span: str
-    certain: bool
+    interval: str
+    significant: bool
 
 
-def figure_name(figure: str) -> str:
-    """A figure that nobody has found words for goes by its own name."""
-    return FIGURE_WORDS.get(figure, (figure.replace("_", " "), ""))[0]
+def metric_name(metric: str) -> str:
+    """The name in `METRIC_LABELS`, else the key with spaces."""
+    return METRIC_LABELS.get(metric, (metric.replace("_", " "), ""))[0]
 
 
-def trivial_names(judgement: Judgement) -> list[str]:
-    """The trivial answers at hand, the strongest kind first."""
-    known = [name for name in TRIVIAL_WORDS if name in judgement.trivial]
-    return known + [name for name in judgement.trivial if name not in known]
+def baseline_names(result: EvalResult) -> list[str]:
+    """The baselines of a result, in the order of `BASELINE_LABELS`."""
+    known = [name for name in BASELINE_LABELS if name in result.baselines]
+    return known + [name for name in result.baselines if name not in known]
 
 
-def headline_bars(judgement: Judgement) -> Iterator[Bar]:
-    """The headline, and what the trivial answers would have got."""
-    subject = "these masks" if judgement.subject.kind == "predictions" else "this network"
-    yield Bar(name=subject, meaning="", interval=judgement.figures["person_iou"])
-    for name in trivial_names(judgement):
-        interval = judgement.trivial[name]["person_iou"]
-        yield Bar(name=name, meaning=TRIVIAL_WORDS.get(name, ""), interval=interval)
+def headline_bars(result: EvalResult) -> Iterator[HeadlineBar]:
+    """Person IoU of the result, then of the baselines."""
+    own_name = "these masks" if result.model_info.kind == "predictions" else "this model"
+    yield HeadlineBar(name=own_name, meaning="", interval=result.metrics["person_iou"])
+    for name in baseline_names(result):
+        interval = result.baselines[name]["person_iou"]
+        yield HeadlineBar(name=name, meaning=BASELINE_LABELS.get(name, ""), interval=interval)
 
 
-def figure_rows(judgement: Judgement) -> Iterator[FigureRow]:
-    """Every figure of the judgement, in its order."""
-    trivial = [judgement.trivial[name] for name in trivial_names(judgement)]
-    for figure, interval in judgement.figures.items():
-        if figure in _ELSEWHERE:
+def metric_rows(result: EvalResult) -> Iterator[MetricRow]:
+    """A row for each metric of the result, in its order."""
+    baselines = [result.baselines[name] for name in baseline_names(result)]
+    for metric, interval in result.metrics.items():
+        if metric in _BASELINE_METRICS:
             continue
-        yield FigureRow(
-            name=figure_name(figure),
-            meaning=FIGURE_WORDS.get(figure, ("", ""))[1],
+        yield MetricRow(
+            name=metric_name(metric),
+            meaning=METRIC_LABELS.get(metric, ("", ""))[1],
             value=percent(interval.value),
-            span=span(interval),
-            trivial=[percent(got[figure].value) if figure in got else "" for got in trivial],
+            interval=low_to_high(interval),
+            baselines=[
+                percent(baseline[metric].value) if metric in baseline else ""
+                for baseline in baselines
+            ],
         )
 
 
-def slice_groups(judgement: Judgement) -> list[SliceGroup]:
-    """The slices of a judgement, group by group, in its order."""
+def slice_groups(result: EvalResult) -> list[SliceGroup]:
+    """The slices of a result, group by group, in its order."""
     return [
-        SliceGroup(number=number, name=name, parts=parts)
-        for number, (name, parts) in enumerate(judgement.slice_groups.items())
+        SliceGroup(number=number, name=name, slices=slices)
+        for number, (name, slices) in enumerate(result.slice_groups.items())
     ]
 
 
 def comparison_rows(comparison: Comparison) -> Iterator[ComparisonRow]:
-    """The other run, this one, and the difference."""
-    for figure, difference in comparison.differences.items():
-        if figure in _ELSEWHERE:
+    """A row for each metric: the other run, this one, and the difference."""
+    for metric, difference in comparison.differences.items():
+        if metric in _BASELINE_METRICS:
             continue
         plus = "+" if difference.value > 0 else ""
         yield ComparisonRow(
-            name=figure_name(figure),
-            first=percent(comparison.first[figure]),
-            second=percent(comparison.second[figure]),
+            name=metric_name(metric),
+            first=percent(comparison.first[metric]),
+            second=percent(comparison.second[metric]),
             difference=f"{plus}{percent(difference.value)} ± {percent(difference.half_width)}",
-            span=span(difference),
-            certain=not difference.low <= 0 <= difference.high,
+            interval=low_to_high(difference),
+            significant=not difference.low <= 0 <= difference.high,
         )

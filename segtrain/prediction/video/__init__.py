@@ -1,62 +1,62 @@
-"""People of a video on a new background: the same frames at the same times, and the sound."""
+"""People of a video on a new background, with the same frames, timestamps and audio."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segtrain.errors import UsageError
-from segtrain.extras import needed
+from segtrain.runtime.files import refuse_existing
+from segtrain.runtime.optional_imports import require
 
 if TYPE_CHECKING:
-    from segtrain.prediction.backgrounds import MakeBackground
-    from segtrain.prediction.network import Network
+    from segtrain.inference.backend import Backend
+    from segtrain.prediction.backgrounds import BackgroundFn
 
 
 @dataclass(frozen=True)
-class VideoOutcome:
-    """What became of a clip.
+class VideoStats:
+    """Statistics of a processed video.
 
-    seconds: from its first frame to the end of its last.
-    person_share: share of person pixels, the mean over the frames.
+    Attributes:
+        num_frames: number of frames.
+        seconds: from the first frame to the end of the last.
+        person_fraction: fraction of person pixels, averaged over the frames.
     """
 
     num_frames: int
     seconds: float
-    person_share: float
+    person_fraction: float
 
 
 def predict_video(
     source: Path,
     target: Path,
-    network: "Network",
+    backend: "Backend",
     *,
-    make_background: "MakeBackground",
+    make_background: "BackgroundFn",
     overwrite: bool,
-    tell: Callable[[str], object],
-) -> VideoOutcome:
-    """Put the people of a clip on a new background, frame by frame, in constant memory.
+) -> VideoStats:
+    """Put the people of a video on a new background, frame by frame, in constant memory.
 
     Args:
-        source: a clip in any format libav reads.
-        target: .mp4, or .webm where the background is to be transparent. It is there whole or not
-            at all.
-        make_background: of `segtrain.prediction.backgrounds.background_maker`; asked for each
-            frame.
+        source: a video in any format that libav reads.
+        target: .mp4, or .webm for a transparent background. It is written completely or not at
+            all.
+        backend: the network.
+        make_background: from `segtrain.prediction.backgrounds.build_background_fn`; called for
+            each frame.
         overwrite: allow a target that exists. The source is never overwritten.
-        tell: takes a line for the user about what could not be kept as it was.
 
     Raises:
         UsageError: PyAV is missing, or the target exists or is the source.
-        DataError: the source is no video, is damaged, cut short or too large.
+        DataError: the source is not a video, is damaged, truncated or too large.
         ResourceError: the target cannot be written.
-        Stopped: a signal has come; nothing is left behind.
+        Stopped: a signal was received; no partial output remains.
     """
-    needed("av", "video")
+    require("av", "video")
     if target.resolve() == source.resolve():
-        raise UsageError(f"{target} is the input, too; choose another --output")
-    if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists; use --overwrite or another --output")
-    from segtrain.prediction.video.command import convert
+        raise UsageError(f"{target} is also the input", "choose another --output")
+    refuse_existing([target], overwrite=overwrite, option="--output")
+    from segtrain.prediction.video.run import convert
 
-    return convert(source, target, network, make_background=make_background, tell=tell)
+    return convert(source, target, backend, make_background=make_background)

@@ -1,7 +1,7 @@
-"""Reading a clip: its frames upright in RGB, each with its time, and its sound as packets.
+"""Read a video: upright RGB frames with timestamps, and the audio as packets.
 
-Clips come from strangers: only formats of video files are opened, frames are limited in size before
-their memory is taken, and everything libav can raise becomes one DataError that names the file.
+Video files are untrusted input: only video containers are opened, the frame size is limited before
+memory is allocated, and every libav error becomes one DataError with the name of the file.
 """
 
 from collections import Counter
@@ -23,177 +23,216 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from segtrain.errors import DataError
-from segtrain.images import MAX_PIXELS, Pixels
-from segtrain.prediction.video.colour import Colour, Converter, colour_of
-from segtrain.prediction.video.orientation import orientation_of
+from segtrain.imaging.images import MAX_PIXELS
+from segtrain.imaging.rgb import rotate_upright, swaps_axes
+from segtrain.prediction.video.color import ColorConverter, ColorSpace, color_space_of
 from segtrain.prediction.video.timeline import Timeline
-from segtrain.rgb import is_on_its_side, turned_upright
+from segtrain.types import Image
 
-# libav knows playlists and scripts, too, which name other files and addresses.
-_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf"
-# Metadata is not always UTF-8. PyAV 18 raises UnicodeDecodeError unless it is told otherwise. PyAV
-# 19 preserves the bytes and no longer has this argument.
+# EXIF orientations by (transposed, mirrored left-right, mirrored top-bottom), as undone by
+# `segtrain.imaging.rgb.rotate_upright`.
+_ORIENTATIONS = {
+    (False, False, False): 1,
+    (False, True, False): 2,
+    (False, True, True): 3,
+    (False, False, True): 4,
+    (True, False, False): 5,
+    (True, True, False): 6,
+    (True, True, True): 7,
+    (True, False, True): 8,
+}
+# libav also reads playlists and scripts, which refer to other files and addresses.
+_CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf"
+# Metadata is not always UTF-8. PyAV 18 raises UnicodeDecodeError without this argument. PyAV 19
+# preserves the bytes and no longer has it.
 _METADATA: dict[str, Any] = (
     {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 )
-# A clip that ends this much sooner than its header says was cut short.
-_TOLERANCE = 0.3
+# A video that ends this many seconds before the duration in its header is truncated.
+_TRUNCATION_TOLERANCE = 0.3
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a clip's header and first frame say.
+class VideoInfo:
+    """Properties of a video from its header and first frame.
 
-    width, height: as stored. orientation: how they lie, EXIF's 1 (upright) to 8.
-    time_base: seconds a tick of the frames' times.
-    rate: frames a second, on average.
-    sample_aspect_ratio: width by height of a stored pixel.
-    num_frames: as far as is known beforehand.
+    Attributes:
+        width, height: of the stored frames.
+        orientation: EXIF orientation of the stored frames, 1 (upright) to 8.
+        color: color space of the output.
+        time_base: seconds per tick of the frame timestamps.
+        rate: average frames per second.
+        sample_aspect_ratio: width by height of a stored pixel.
+        num_frames: estimate; None if unknown.
     """
 
     width: int
     height: int
     orientation: int
-    colour: Colour
+    color: ColorSpace
     time_base: Fraction
     rate: Fraction
     sample_aspect_ratio: Fraction
     num_frames: int | None
 
     @property
-    def is_on_its_side(self) -> bool:
-        """Whether frames are as wide as they were high, once they are upright."""
-        return is_on_its_side(self.orientation)
+    def swaps_axes(self) -> bool:
+        """Whether rotating the frames upright swaps width and height."""
+        return swaps_axes(self.orientation)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """pixels: H W 3 uint8 RGB, upright. ticks: when it is shown. duration: for how many ticks."""
+    """A decoded frame.
 
-    pixels: Pixels
+    Attributes:
+        pixels: H W 3 uint8 RGB, upright.
+        ticks: presentation timestamp.
+        duration: in ticks.
+    """
+
+    pixels: Image
     ticks: int
     duration: int
 
 
-class Clip:
-    """An opened clip, to be read once.
+class VideoReader:
+    """An open video, which can be read once.
 
     Attributes:
-        facts: what is known beforehand.
-        sounds: its audio tracks.
-        left_out: how many streams there are of each other kind.
-        num_broken: packets that could not be decoded, so far.
+        info: properties of the video.
+        audio_streams: all audio tracks.
+        dropped_streams: number of unused streams per type.
+        num_damaged_packets: packets that could not be decoded, so far.
     """
 
-    def __init__(self, path: Path, container: InputContainer, facts: Facts) -> None:
-        self.facts = facts
+    def __init__(self, path: Path, container: InputContainer, info: VideoInfo) -> None:
+        self.info = info
         self._path, self._container = path, container
         self._video = _video_stream(path, container)
-        self.sounds: list[AudioStream] = list(container.streams.audio)
-        self._used = {self._video.index, *(stream.index for stream in self.sounds)}
-        self.left_out = Counter(s.type for s in container.streams if s.index not in self._used)
-        self.num_broken = 0
-        self._converter, self._end = Converter(facts.colour), 0.0
+        self.audio_streams: list[AudioStream] = list(container.streams.audio)
+        self._used = {self._video.index, *(stream.index for stream in self.audio_streams)}
+        self.dropped_streams = Counter(
+            stream.type for stream in container.streams if stream.index not in self._used
+        )
+        self.num_damaged_packets = 0
+        self._converter, self._end = ColorConverter(info.color), 0.0
         self._timeline = Timeline(
             Fraction(container.start_time or 0, av.time_base),
-            may_leap=Flags.ts_discont in Flags(container.format.flags),
+            allow_jumps=Flags.ts_discont in Flags(container.format.flags),
         )
 
-    def pieces(self) -> "Iterator[Frame | Packet[Stream]]":
-        """Frames and packets of sound, as they lie in the file; times start at 0 and go on.
+    def read(self) -> "Iterator[Frame | Packet[Stream]]":
+        """Yield frames and audio packets in file order, with timestamps that start at 0 and rise.
 
         Raises:
-            DataError: the clip ends before its header says, or reading fails.
+            DataError: the video ends before the duration in its header, or reading fails.
         """
         ticks = -1
-        with _reading(self._path):
+        with _convert_errors(self._path):
             for packet in self._container.demux():
-                self._note_end(packet)
+                self._update_end(packet)
                 if packet.stream.index not in self._used:
                     continue
-                self._timeline.settle(packet)
+                self._timeline.shift(packet)
                 if packet.stream is self._video:
                     for decoded in self._decode(packet):
-                        frame = self._frame(decoded, ticks)
+                        frame = self._to_frame(decoded, ticks)
                         ticks = frame.ticks
                         yield frame
                 elif packet.dts is not None:
                     yield packet
-        self._check_end()
+        self._check_truncation()
 
     def _decode(self, packet: "Packet[Stream]") -> Iterator[VideoFrame]:
         try:
             frames = self._video.decode(packet)
         except av.error.InvalidDataError:
-            self.num_broken += 1
+            self.num_damaged_packets += 1
             return
         for frame in frames:
-            self.num_broken += frame.is_corrupt
+            self.num_damaged_packets += frame.is_corrupt
             yield frame
 
-    def _frame(self, decoded: VideoFrame, previous: int) -> Frame:
-        facts = self.facts
-        rgb = self._converter.to_rgb(decoded, facts.width, facts.height)
-        # A copy, since it is turned in place: of RGB these may be the pixels that the decoder
-        # paints the next frame upon.
+    def _to_frame(self, decoded: VideoFrame, previous: int) -> Frame:
+        info = self.info
+        rgb = self._converter.to_rgb(decoded, info.width, info.height)
+        # Copy, because the rotation is in place: for an RGB codec, these may be the pixels onto
+        # which the decoder draws the next frame.
         pixels = np.array(rgb.to_ndarray(), dtype=np.uint8)
-        duration = decoded.duration or max(1, round(1 / (facts.rate * facts.time_base)))
-        stamp = decoded.pts if decoded.pts is not None else decoded.dts
-        ticks = previous + duration if stamp is None else stamp
-        # Encoders take no two frames at one time.
+        duration = decoded.duration or max(1, round(1 / (info.rate * info.time_base)))
+        timestamp = decoded.pts if decoded.pts is not None else decoded.dts
+        ticks = previous + duration if timestamp is None else timestamp
+        # Encoders reject two frames with the same timestamp.
         return Frame(
-            turned_upright(pixels, facts.orientation),
+            rotate_upright(pixels, info.orientation),
             max(ticks, previous + 1),
             duration,
         )
 
-    def _note_end(self, packet: "Packet[Stream]") -> None:
+    def _update_end(self, packet: "Packet[Stream]") -> None:
         if packet.pts is not None:
             end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
             self._end = max(self._end, end)
 
-    def _check_end(self) -> None:
+    def _check_truncation(self) -> None:
         if self._container.duration is None:
             return
-        # Counted from 0 and not from the start, as Matroska does: where others do not, a clip that
-        # starts late may be cut by as much unnoticed, which is better than refusing a whole one.
-        stated, found = self._container.duration / av.time_base, self._end
-        if found < stated - _TOLERANCE:
+        # The end counts from 0 and not from the start time, as in Matroska. In other formats, a
+        # video that starts late may be truncated by as much without an error, which is better than
+        # rejecting a complete one.
+        expected, end = self._container.duration / av.time_base, self._end
+        if end < expected - _TRUNCATION_TOLERANCE:
             raise DataError(
-                f"{self._path} was cut short: it ends after {found:.1f} of {stated:.1f} seconds; "
-                "copy it again or repair it"
+                f"{self._path} is truncated: it ends after {end:.1f} of {expected:.1f} seconds",
+                "copy it again or repair it",
             )
 
 
 @contextmanager
-def open_clip(path: Path) -> Iterator[Clip]:
-    """Open a clip.
+def open_video(path: Path) -> Iterator[VideoReader]:
+    """Open a video.
 
     Raises:
-        DataError: the file is missing, no video, damaged, or its frames are too large.
+        DataError: the file is missing, not a video, damaged, or its frames are too large.
     """
-    with _container(path) as container:
-        facts = _facts(path, container)
-    # Opened anew and not wound back: not every format can.
-    with _container(path) as container:
-        yield Clip(path, container, facts)
+    with _open_container(path) as container:
+        info = _video_info(path, container)
+    # Reopen the file instead of seeking: some formats cannot seek.
+    with _open_container(path) as container:
+        yield VideoReader(path, container, info)
 
 
-def _facts(path: Path, container: InputContainer) -> Facts:
+def frame_orientation(frame: VideoFrame) -> int:
+    """Return the EXIF orientation of a decoded frame, 1 (upright) to 8.
+
+    Angles between the multiples of 90 degrees are rounded to the nearest one.
+    """
+    side_data: Any = frame.side_data  # PyAV's stubs do not declare this key
+    if "DISPLAYMATRIX" not in side_data:
+        return 1
+    # A stored pixel x, y is displayed at a x + c y, b x + d y.
+    a, b, _, c, d, *_ = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), dtype=np.int32).tolist()
+    if abs(b) > abs(a):
+        return _ORIENTATIONS[True, c < 0, b < 0]
+    return _ORIENTATIONS[False, a < 0, d < 0]
+
+
+def _video_info(path: Path, container: InputContainer) -> VideoInfo:
     stream = _video_stream(path, container)
-    frame = next(_decodable(path, container, stream), None)
+    frame = next(_decode_valid(path, container, stream), None)
     if frame is None:
-        raise DataError(f"{path} has no frame that can be decoded; replace the file")
-    rate = _exact(stream.guessed_rate) or _exact(stream.average_rate) or Fraction(25)
+        raise DataError(f"cannot decode any frame of {path}", "replace the file")
+    rate = _to_fraction(stream.guessed_rate) or _to_fraction(stream.average_rate) or Fraction(25)
     duration = Fraction(container.duration or 0, av.time_base)
-    return Facts(
+    return VideoInfo(
         width=frame.width,
         height=frame.height,
-        orientation=orientation_of(frame),
-        colour=colour_of(frame),
-        time_base=_exact(stream.time_base) or Fraction(1, av.time_base),
+        orientation=frame_orientation(frame),
+        color=color_space_of(frame),
+        time_base=_to_fraction(stream.time_base) or Fraction(1, av.time_base),
         rate=rate,
-        sample_aspect_ratio=_exact(stream.sample_aspect_ratio) or Fraction(1),
+        sample_aspect_ratio=_to_fraction(stream.sample_aspect_ratio) or Fraction(1),
         num_frames=stream.frames or round(duration * rate) or None,
     )
 
@@ -205,8 +244,8 @@ class _Ratio(Protocol):
     def denominator(self) -> int: ...
 
 
-def _exact(ratio: _Ratio | None) -> Fraction | None:
-    """A ratio as a Fraction, and None if it is not set.
+def _to_fraction(ratio: _Ratio | None) -> Fraction | None:
+    """Convert a ratio to a Fraction, or to None if it is not set.
 
     PyAV 19 returns its own AVRational, which is 0 if it is not set, and whose products are rounded
     to 32 bits.
@@ -214,52 +253,56 @@ def _exact(ratio: _Ratio | None) -> Fraction | None:
     return Fraction(ratio.numerator, ratio.denominator) if ratio else None
 
 
-def _decodable(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    with _reading(path):
+def _decode_valid(
+    path: Path, container: InputContainer, stream: VideoStream
+) -> Iterator[VideoFrame]:
+    with _convert_errors(path):
         for packet in container.demux(stream):
             try:
                 yield from stream.decode(packet)
             except av.error.InvalidDataError:
-                continue  # a recording may start between two pictures that stand alone
+                continue  # a recording may start between two keyframes
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
+    """Return the largest video stream, without cover images."""
     streams = [
         stream
         for stream in container.streams.video
         if not stream.disposition & Disposition.attached_pic and stream.codec_context is not None
     ]
     if not streams:
-        raise DataError(f"{path} has no moving pictures; give the path of a video")
-    best = max(streams, key=lambda stream: stream.width * stream.height)
-    if best.width * best.height > MAX_PIXELS:
+        raise DataError(f"{path} has no video stream", "give the path of a video")
+    largest = max(streams, key=lambda stream: stream.width * stream.height)
+    if largest.width * largest.height > MAX_PIXELS:
         raise DataError(
-            f"{path} has frames of {best.width * best.height / 1e6:.0f} megapixels, the limit is "
-            f"{MAX_PIXELS / 1e6:.0f}; shrink it"
+            f"{path} has frames of {largest.width * largest.height / 1e6:.0f} megapixels, the "
+            f"limit is {MAX_PIXELS / 1e6:.0f}",
+            "shrink it",
         )
-    best.thread_type = av.codec.context.ThreadType.AUTO
-    return best
+    largest.thread_type = av.codec.context.ThreadType.AUTO
+    return largest
 
 
 @contextmanager
-def _container(path: Path) -> Iterator[InputContainer]:
+def _open_container(path: Path) -> Iterator[InputContainer]:
     if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise DataError(f"{path} {what}; give the path of a video")
-    options = {"format_whitelist": _FORMATS, "max_pixels": str(MAX_PIXELS)}
-    with _reading(path):
-        # Without `file:` a name like 12:30.mp4 is taken for an address.
+        reason = "is not a file" if path.exists() else "does not exist"
+        raise DataError(f"{path} {reason}", "give the path of a video")
+    options = {"format_whitelist": _CONTAINERS, "max_pixels": str(MAX_PIXELS)}
+    with _convert_errors(path):
+        # Without `file:`, a name like 12:30.mp4 is parsed as an address.
         container = av.open(f"file:{path}", "r", options=options, **_METADATA)
     with container:
         yield container
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Within, whatever libav raises becomes a DataError with the clip's name."""
+def _convert_errors(path: Path) -> Iterator[None]:
+    """Convert errors of libav to a DataError with the name of the file."""
     try:
         yield
     except av.error.MemoryError:
         raise
     except av.FFmpegError as error:
-        raise DataError(f"cannot read {path} as a video: {error}; replace the file") from error
+        raise DataError(f"cannot read {path} as a video: {error}", "replace the file") from error

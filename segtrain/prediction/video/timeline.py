@@ -1,6 +1,6 @@
-"""When the packets of a clip are due: from 0 on, and never back.
+"""Timestamps of packets: from 0 on, and never backwards.
 
-Recordings are joined by laying one file behind the other, and then times start again in the middle.
+Recordings can be joined by concatenating their files. Timestamps then restart in the middle.
 """
 
 from dataclasses import dataclass
@@ -9,77 +9,82 @@ from fractions import Fraction
 from av.packet import Packet
 from av.stream import Stream
 
-# A track that steps back further than this, in seconds, has come to another recording. Less is
-# careless muxing.
+# A track whose timestamps go back by more than this, in seconds, has reached another recording. A
+# smaller step is imprecise muxing.
 _JITTER = Fraction(3, 10)
-# Where times may leap, a step ahead further than this is another recording, too.
-_LONGEST_GAP = 10
+# Where timestamps may jump, a jump forward by more seconds than this is also another recording.
+_MAX_GAP = 10
 
 
 @dataclass
-class _Track:
-    """recording: the one it has come to, counted from 0. at: when its last packet is decoded."""
+class _TrackState:
+    """The position of a track.
+
+    Attributes:
+        recording: index of the recording that the track has reached, from 0.
+        time: decoding time of the last packet, in seconds.
+    """
 
     recording: int = 0
-    at: Fraction | None = None
+    time: Fraction | None = None
 
 
 class Timeline:
-    """Moves the times of packets to where they belong.
+    """Shifts the timestamps of packets so that concatenated recordings follow each other.
 
-    Tracks come to the next recording one after the other. The first one finds out by how much its
-    times are to be moved, so that it goes on where the clip has got to, and the others follow:
-    picture and sound stay together.
+    Tracks reach the next recording one by one. The first one determines the shift that continues
+    the video at its current end, and the others use the same shift, so image and audio stay in
+    sync.
 
     Args:
-        start: when the clip starts by its own clock, in seconds; broadcasts start anywhere.
-        may_leap: the format does not promise that times go on, as MPEG's do not. Elsewhere a gap
-            of hours is what it says.
+        start: start time of the video in seconds; broadcasts start anywhere.
+        allow_jumps: the format does not guarantee continuous timestamps, as MPEG. In other formats,
+            a gap of hours is kept.
     """
 
-    def __init__(self, start: Fraction, *, may_leap: bool) -> None:
-        self._may_leap = may_leap
-        self._shifts = [-start]  # seconds to add to the times of each recording
-        self._tracks: dict[int, _Track] = {}
+    def __init__(self, start: Fraction, *, allow_jumps: bool) -> None:
+        self._allow_jumps = allow_jumps
+        self._shifts = [-start]  # seconds added to the timestamps of each recording
+        self._tracks: dict[int, _TrackState] = {}
         self._end = Fraction(0)
 
-    def settle(self, packet: "Packet[Stream]") -> None:
-        """Change the times of the next packet of a track, if it has any."""
-        # Frames are decoded in another order than they are shown in: of the two times, one never
-        # steps back, and the other says where a recording ends and begins.
-        decoded = packet.pts if packet.dts is None else packet.dts
-        shown = packet.dts if packet.pts is None else packet.pts
-        if decoded is None or shown is None:
+    def shift(self, packet: "Packet[Stream]") -> None:
+        """Change the timestamps of the next packet of a track, if it has any."""
+        # Decoding order differs from display order: dts never goes back within a recording, and pts
+        # shows where a recording starts and ends.
+        dts = packet.pts if packet.dts is None else packet.dts
+        pts = packet.dts if packet.pts is None else packet.pts
+        if dts is None or pts is None:
             return
         base = packet.time_base
-        track = self._tracks.setdefault(packet.stream.index, _Track())
-        if self._is_elsewhere(track, decoded * base, shown * base):
-            self._go_on(track, shown * base)
+        track = self._tracks.setdefault(packet.stream.index, _TrackState())
+        if self._is_other_recording(track, dts * base, pts * base):
+            self._enter_next_recording(track, pts * base)
         shift = self._shifts[track.recording]
-        at, before = decoded * base + shift, track.at
-        track.at = at
-        # Where packets do not say how long they are, as in MPEG, they are as long as the step.
-        step = Fraction(0) if before is None else max(Fraction(0), at - before)
-        length = packet.duration * base if packet.duration else step
-        self._end = max(self._end, shown * base + shift + length)
-        _move(packet, round(shift / base))
+        time, previous = dts * base + shift, track.time
+        track.time = time
+        # Packets without a duration, as in MPEG, last as long as the step from the previous one.
+        step = Fraction(0) if previous is None else max(Fraction(0), time - previous)
+        duration = packet.duration * base if packet.duration else step
+        self._end = max(self._end, pts * base + shift + duration)
+        _add_ticks(packet, round(shift / base))
 
-    def _is_elsewhere(self, track: _Track, decoded: Fraction, shown: Fraction) -> bool:
+    def _is_other_recording(self, track: _TrackState, dts: Fraction, pts: Fraction) -> bool:
         shift = self._shifts[track.recording]
-        if track.at is not None and decoded + shift < track.at - _JITTER:
+        if track.time is not None and dts + shift < track.time - _JITTER:
             return True
-        return self._may_leap and shown + shift > self._end + _LONGEST_GAP
+        return self._allow_jumps and pts + shift > self._end + _MAX_GAP
 
-    def _go_on(self, track: _Track, shown: Fraction) -> None:
-        """Bring a track to the recording that goes on near the end of what there is; maybe new."""
+    def _enter_next_recording(self, track: _TrackState, pts: Fraction) -> None:
+        """Assign the track to the later recording that continues near the end, or to a new one."""
         later = range(track.recording + 1, len(self._shifts))
-        near = (n for n in later if abs(shown + self._shifts[n] - self._end) < _LONGEST_GAP)
+        near = (n for n in later if abs(pts + self._shifts[n] - self._end) < _MAX_GAP)
         track.recording = next(near, len(self._shifts))
         if track.recording == len(self._shifts):
-            self._shifts.append(self._end - shown)
+            self._shifts.append(self._end - pts)
 
 
-def _move(packet: "Packet[Stream]", ticks: int) -> None:
+def _add_ticks(packet: "Packet[Stream]", ticks: int) -> None:
     if packet.pts is not None:
         packet.pts += ticks
     if packet.dts is not None:

@@ -1,13 +1,13 @@
 "use strict";
-// Light or dark: as the system says, until the button is pressed. Runs before anything is painted.
+// Light or dark theme: that of the system until the button is pressed. Runs before the first paint.
 
 const theme = (() => {
   const KEY = "segtrain-theme";
   const system = matchMedia("(prefers-color-scheme: dark)");
   let chosen = "";
 
-  // What was chosen is kept between visits, where the browser keeps anything for files.
-  try { chosen = localStorage.getItem(KEY) ?? ""; } catch { /* it does not */ }
+  // Browsers may not offer local storage to pages opened from a file.
+  try { chosen = localStorage.getItem(KEY) ?? ""; } catch { /* use the system's theme */ }
 
   const isDark = () => (chosen ? chosen === "dark" : system.matches);
 
@@ -18,7 +18,7 @@ const theme = (() => {
 
   function toggle() {
     chosen = isDark() ? "light" : "dark";
-    try { localStorage.setItem(KEY, chosen); } catch { /* only for this visit, then */ }
+    try { localStorage.setItem(KEY, chosen); } catch { /* kept for this visit only */ }
     apply();
   }
 

@@ -1,5 +1,5 @@
 "use strict";
-// One picture large: truth left of a line, prediction right of it, and the line can be moved.
+// The viewer: one large image, with ground truth left and prediction right of a movable divider.
 
 (() => {
   const find = (id) => document.getElementById(id);
@@ -8,7 +8,7 @@
   const wipe = find("wipe");
   const images = [...stage.querySelectorAll("img")];
   const layers = [...viewer.querySelectorAll("[data-layer]")];
-  const HASH = /^#picture-(\d+)$/;
+  const HASH = /^#image-(\d+)$/;
 
   let row = null;
 
@@ -22,17 +22,17 @@
     }
     images[0].alt = `Photo ${row.name}`;
     find("viewer-name").textContent = row.name;
-    find("viewer-figures").textContent =
-      `IoU ${gallery.percent(row.iou)}, ${gallery.wrong(row).join(", ")} of the frame; ` +
-      `person ${gallery.percent(row.share)}`;
+    find("viewer-metrics").textContent =
+      `IoU ${gallery.percent(row.iou)}, ${gallery.errors(row).join(", ")} of the frame; ` +
+      `person ${gallery.percent(row.person)}`;
     const list = gallery.shown();
     const at = list.indexOf(row);
     find("viewer-place").textContent =
       at < 0 ? "" : `${(at + 1).toLocaleString("en")} of ${list.length.toLocaleString("en")}`;
     find("previous").disabled = at <= 0;
     find("next").disabled = at < 0 || at === list.length - 1;
-    // The address leads back here, and the button "back" still leaves the page.
-    history.replaceState(null, "", `#picture-${row.index}`);
+    // The address links to this image; replaceState keeps "back" leaving the page.
+    history.replaceState(null, "", `#image-${row.index}`);
     if (!viewer.open) viewer.showModal();
   }
 
@@ -42,13 +42,13 @@
     if (at >= 0 && list[at + by]) show(list[at + by]);
   }
 
-  function moveLine(value) {
+  function moveDivider(value) {
     wipe.value = value;
     stage.style.setProperty("--wipe", `${wipe.value}%`);
-    wipe.setAttribute("aria-valuetext", `truth in the left ${wipe.value} per cent`);
+    wipe.setAttribute("aria-valuetext", `ground truth in the left ${wipe.value} percent`);
   }
 
-  function chooseLayers() {
+  function showLayers() {
     for (const box of layers) {
       stage.querySelector(`[data-kind="${box.dataset.layer}"]`).hidden = !box.checked;
       stage.classList.toggle(`with-${box.dataset.layer}`, box.checked);
@@ -57,8 +57,8 @@
 
   function openHash() {
     const index = Number(HASH.exec(location.hash)?.[1] ?? NaN);
-    const wanted = gallery.rows.find((candidate) => candidate.index === index);
-    if (wanted && wanted !== (viewer.open ? row : null)) show(wanted);
+    const linked = gallery.rows.find((other) => other.index === index);
+    if (linked && linked !== (viewer.open ? row : null)) show(linked);
   }
 
   find("cards").addEventListener("click", (event) => {
@@ -72,12 +72,12 @@
     history.replaceState(null, "", location.pathname + location.search);
     gallery.cardOf(row)?.focus();
   });
-  // Beside the window is the dialog itself.
+  // A click on the backdrop targets the dialog itself.
   viewer.addEventListener("click", (event) => {
     if (event.target === viewer) viewer.close();
   });
   viewer.addEventListener("keydown", (event) => {
-    // The slider has arrow keys of its own.
+    // The slider handles the arrow keys itself.
     if (event.target === wipe || event.altKey || event.ctrlKey || event.metaKey) return;
     if (event.key === "ArrowLeft") step(-1);
     else if (event.key === "ArrowRight") step(1);
@@ -85,7 +85,7 @@
     event.preventDefault();
   });
 
-  wipe.addEventListener("input", () => moveLine(wipe.value));
+  wipe.addEventListener("input", () => moveDivider(wipe.value));
   stage.addEventListener("pointerdown", (event) => {
     stage.setPointerCapture(event.pointerId);
     follow(event);
@@ -95,12 +95,12 @@
   });
   function follow(event) {
     const { left, width } = stage.getBoundingClientRect();
-    moveLine((100 * (event.clientX - left)) / width);
+    moveDivider((100 * (event.clientX - left)) / width);
   }
 
-  for (const box of layers) box.addEventListener("change", chooseLayers);
+  for (const box of layers) box.addEventListener("change", showLayers);
   addEventListener("hashchange", openHash);
-  moveLine(50);
-  chooseLayers();
+  moveDivider(50);
+  showLayers();
   openHash();
 })();

@@ -1,0 +1,1 @@
+"""`--label-check`: images whose annotation contradicts a confident model, for review."""

@@ -1,1 +1,0 @@
-"""`--label-check`: the pictures whose annotation the network surely disagrees with, for review."""

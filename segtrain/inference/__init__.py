@@ -1,0 +1,1 @@
+"""Person probabilities of an image, for validation, evaluation, prediction and export."""

@@ -1,1 +1,0 @@
-"""Looking back at runs: the list of all, and two side by side. Knows no torch."""

@@ -1,0 +1,1 @@
+"""Run folders: create, find, read, list and compare them. Does not import torch."""
