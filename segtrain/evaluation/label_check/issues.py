@@ -221,7 +221,7 @@ ISSUE_KINDS: dict[str, IssueKind] = {
     "missing person": IssueKind(_missing_people, "the network sees one, the annotation does not"),
     "phantom person": IssueKind(_phantom_people, "the annotation has one, the network sees none"),
     "coarse edge": IssueKind(_coarse_edges, "much of the outline is off"),
-    "wrong crowd": IssueKind(_wrong_crowds, "an ignored region in which the network sees nobody"),
+    "wrong crowd": IssueKind(_wrong_crowds, "an ignored region without a predicted person"),
 }
 
 
