@@ -739,7 +739,7 @@ def test_two_runs_without_an_epoch_have_no_plot(segtrain: Command) -> None:
     done = segtrain("runs", "--compare", "a", "b")
 
     assert done.code == 0
-    assert done.out.endswith("curves: none: neither run has finished an epoch\n")
+    assert done.out.endswith("curves: none, because neither run has finished an epoch\n")
     assert compare_rows(done.out)["best person IoU"] == ["-", "-"]
     assert not list(Path("runs").glob("*.png"))
 
