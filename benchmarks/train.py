@@ -84,19 +84,17 @@ def open_training(
     with tempfile.TemporaryDirectory() as folder, no_progress_bars():
         flags = {"data.root": str(root), "train.output": folder, "train.name": "benchmark"}
         config = load_config(flags=flags, sets=sets)
-        device = resolve_device(config.train.device)
         with (
             run_log() as log,
             open_run(
                 config,
                 resume=None,
                 resolve=load_config,
-                device=device,
                 world=DistributedContext(),
                 run_log=log,
             ) as ctx,
         ):
-            state = build_state(ctx.config, device, use_scaler=ctx.use_scaler)
+            state = build_state(ctx.config, ctx.device, use_scaler=ctx.use_scaler)
             yield ctx, open_stage(ctx, 0, ctx.config, state.micro_batch_size), state
 
 

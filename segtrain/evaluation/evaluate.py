@@ -35,7 +35,7 @@ from segtrain.evaluation.setup import EvalSetup, setup_evaluation
 from segtrain.evaluation.tables import batch_norm_table, result_tables
 from segtrain.runtime.cpu import available_cpus
 from segtrain.runtime.devices import resolve_device
-from segtrain.runtime.distributed import DistributedContext, distributed_context, local_rank
+from segtrain.runtime.distributed import DistributedContext, distributed_context
 from segtrain.runtime.logs import no_log
 from segtrain.runtime.progress import no_progress_bars, progress_bar
 from segtrain.runtime.signals import raise_if_stopped
@@ -122,12 +122,14 @@ def evaluate_images(
     """
     # Find a file that cannot be compared before an hour of work.
     other = None if options.compare is None else read_records(options.compare)
-    device = resolve_device(options.inference.device, local_rank())
+    device_name = options.inference.device
     with ExitStack() as stack:
-        world = stack.enter_context(distributed_context(on_cuda=device.type == "cuda"))
+        on_cuda = resolve_device(device_name).type == "cuda"
+        world = stack.enter_context(distributed_context(on_cuda=on_cuda))
         if not world.is_main:
             stack.enter_context(no_progress_bars())
             stack.enter_context(no_log())
+        device = resolve_device(device_name, world.local_rank if world.size > 1 else None)
         if device.type == "cuda":
             # Otherwise, each thread that pins memory takes half a gigabyte of the first GPU.
             torch.cuda.set_device(device)

@@ -113,11 +113,6 @@ class DistributedContext:
 _gloo_group: "dist.ProcessGroup | None" = None
 
 
-def local_rank() -> int | None:
-    """The rank of this process on its machine; None without torchrun."""
-    return _env_int("LOCAL_RANK", 0) if _env_int("WORLD_SIZE", 1) > 1 else None
-
-
 @contextmanager
 def distributed_context(*, on_cuda: bool) -> Iterator[DistributedContext]:
     """Join the processes that torchrun started, inside the block; a world of 1 without torchrun.

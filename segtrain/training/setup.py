@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from segtrain.runtime.devices import (
     autocast_for,
     describe_device,
     keep_freed_memory,
+    resolve_device,
     resolve_precision,
     set_float32_precision,
 )
@@ -61,7 +63,7 @@ class TrainContext:
     val_images: ImageSelection
     resume_point: ResumePoint | None
 
-    @property
+    @cached_property
     def autocast(self) -> Autocast:
         """Creates the precision context of a forward pass."""
         return autocast_for(self.precision, self.device)
@@ -71,7 +73,7 @@ class TrainContext:
         """Whether gradients are scaled: the range of fp16 is too small for them."""
         return self.precision == "fp16"
 
-    @property
+    @cached_property
     def data(self) -> dict[str, Any]:
         """What checkpoints store about the images."""
         identities = self.train_images.index.identities
@@ -101,7 +103,6 @@ def open_run(
     *,
     resume: str | None,
     resolve: Callable[..., Config],
-    device: torch.device,
     world: DistributedContext,
     run_log: RunLog,
 ) -> Iterator[TrainContext]:
@@ -119,6 +120,8 @@ def open_run(
     point = world.read_on_main(lambda: find_resume_point(resume, config))
     if point is not None:
         config = continued_config(point, resolve, world)
+    # Not earlier: a run that is resumed without --device continues on its own device.
+    device = resolve_device(config.train.device, world.local_rank if world.size > 1 else None)
     precision = resolve_precision(config.train.precision, device)
     _check_options(config, fresh=point is None)
     # The main process fills the caches.

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from segtrain.config.schema import Config
 from segtrain.runtime.devices import resolve_device
-from segtrain.runtime.distributed import distributed_context, local_rank
+from segtrain.runtime.distributed import distributed_context
 from segtrain.runtime.logs import no_log, run_log
 from segtrain.runtime.progress import no_progress_bars
 from segtrain.training.fit import FitResult, fit
@@ -30,17 +30,15 @@ def train(config: Config, *, resume: str | None, resolve: Callable[..., Config])
         UserError: any kind of it.
         Stopped: a signal was received.
     """
-    device = resolve_device(config.train.device, local_rank())
+    on_cuda = resolve_device(config.train.device).type == "cuda"
     with ExitStack() as stack:
-        world = stack.enter_context(distributed_context(on_cuda=device.type == "cuda"))
+        world = stack.enter_context(distributed_context(on_cuda=on_cuda))
         if not world.is_main:
             stack.enter_context(no_progress_bars())
             stack.enter_context(no_log())
         logged = stack.enter_context(run_log())
         ctx = stack.enter_context(
-            open_run(
-                config, resume=resume, resolve=resolve, device=device, world=world, run_log=logged
-            )
+            open_run(config, resume=resume, resolve=resolve, world=world, run_log=logged)
         )
         result = fit(ctx)
         if world.is_main:

@@ -35,6 +35,7 @@ from segtrain.checkpoint import load_checkpoint, save_checkpoint
 from segtrain.cli.main import run
 from segtrain.data.loader import Batches
 from segtrain.data.workers import begin_worker
+from segtrain.runtime.devices import resolve_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -747,3 +748,21 @@ def test_with_fewer_processes_the_warning_names_the_option_that_keeps_the_step_s
     assert saved.training["num_processes"] == 1
     # Two processes with four images each have seen eight of the 24 images of the epoch.
     assert saved.global_step == STEPS_PER_EPOCH + 3 + (4 if warning else 2)
+
+
+def test_a_run_continues_on_its_own_device(
+    segtrain: Command, partial_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --device: auto might choose another one."""
+    requested: list[str] = []
+
+    def record(name: str, local_rank: int | None = None) -> torch.device:
+        requested.append(name)
+        return resolve_device(name, local_rank)
+
+    monkeypatch.setattr("segtrain.training.setup.resolve_device", record)
+
+    finished = segtrain("train", "--resume", partial_run)
+
+    assert finished.code == 0, finished.err
+    assert requested == ["cpu"]
