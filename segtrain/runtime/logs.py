@@ -59,8 +59,7 @@ class RunLog(logging.handlers.MemoryHandler):
         file = _FileHandler(path, encoding="utf-8")
         file.setFormatter(_PlainFormatter())
         self.setTarget(file)
-        self.capacity = 1  # from now on, write each line immediately
-        self.flush()
+        self.capacity = 1  # the next line flushes the buffer, and so does each later one
 
     def close(self) -> None:
         file = self.target

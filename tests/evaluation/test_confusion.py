@@ -1,6 +1,8 @@
 """Confusion matrix and metrics against worked examples and torchmetrics; evaluate_batches."""
 
 import contextlib
+import os
+import signal
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from segtrain.evaluation.confusion import (
     metrics_from_counts,
 )
 from segtrain.inference.options import InferenceOptions
+from segtrain.runtime.signals import Stopped, handle_signals
 
 
 def confusion_of(preds: Tensor, mask: Tensor) -> ConfusionMatrix:
@@ -355,6 +358,14 @@ def test_on_batch_gets_the_number_of_images_of_each_batch() -> None:
     red = torch.zeros(5, 2, 2)
     evaluate(red_images(red), torch.zeros(5, 2, 2, dtype=torch.uint8), 2, on_batch=sizes.append)
     assert sizes == [2, 2, 1]
+
+
+def test_evaluating_stops_at_a_signal() -> None:
+    images, masks = red_images(torch.zeros(2, 4, 4)), torch.zeros(2, 4, 4, dtype=torch.uint8)
+    with handle_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            evaluate(images, masks, 1)
 
 
 def test_no_batches_give_zero_counts() -> None:

@@ -1,6 +1,8 @@
 """Batch-norm statistics at evaluation time, compared with statistics measured by hooks."""
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from segtrain.models import build_model
 from segtrain.models.batch_norm import eval_mode, recalibrate
 from segtrain.models.dense_block import DenseBlock
 from segtrain.runtime.devices import autocast_for
+from segtrain.runtime.signals import Stopped, handle_signals
 
 CPU = torch.device("cpu")
 SLIM_DENSE: dict[str, Any] = {
@@ -197,6 +200,13 @@ def test_recalibrate_does_not_change_weights(name: str) -> None:
 def test_recalibrate_stops_after_enough_images() -> None:
     assert run_recalibrate(build("unet"), random_images(7), 2, num_images=3) == [2, 2]
     assert run_recalibrate(build("unet"), random_images(3), 2, num_images=100) == [2, 1]
+
+
+def test_recalibrating_stops_at_a_signal() -> None:
+    with handle_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            run_recalibrate(build("unet"), random_images(4), 2)
 
 
 def test_recalibrate_keeps_the_statistics_of_a_frozen_encoder() -> None:
