@@ -143,7 +143,8 @@ def train_step(
         scaler: disabled unless the precision is fp16; there is one code path for both.
         loss_fn: mean loss of (logits, mask, border) over the pixels that are not ignored.
         micro_batch_size: images per forward and backward pass. The gradients of the passes are
-            weighted by their numbers of pixels and add up to that of the whole batch.
+            weighted by their numbers of pixels. They add up to that of the whole batch if the loss
+            is a plain mean over pixels; Dice, Lovasz and class weights are taken per pass.
         clip_norm: maximum L2 norm of the gradient.
         all_reduce: sums a tensor over all processes.
         graph: runs batches of a single pass as a CUDA graph.
